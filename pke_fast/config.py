@@ -1,0 +1,244 @@
+"""PKEConfig: every setting of a locate-and-edit run. YAML files, `--set key=value` and Python share its names."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pke_fast.errors import InputError
+
+Method = Literal["pke", "dinm", "dinm-parity"]
+Score = Literal["contrast", "toxic", "weight_change", "activation_path", "random"]
+ScoreLoss = Literal["safe", "unsafe", "contrast"]
+
+
+@dataclass(frozen=True)
+class PKEConfig:
+    """Settings of one run. Immutable; `replace` makes a changed copy.
+
+    Attributes:
+        method: ``pke`` edits hot spots; ``dinm`` and ``dinm-parity`` edit the whole down projection of one layer
+            (Wang et al. 2024, arXiv 2403.14472), as it was meant and as it was published (docs/design.md).
+        k: neurons to change.
+        window: layers in which hot spots are sought, ``(first, last + 1)`` as layer numbers, or as shares of the depth
+            when written with a point: ``(0.5, 1.0)`` is the upper half.
+        per_layer_cap: most hot spots in one layer; None for no cap.
+        exclude: neurons to leave alone, each ``"layer:neuron"``.
+        score: what ranks the neurons: ``contrast`` (weight change x activation path on the unsafe requests less the
+            same on the locality pairs), ``toxic`` (without the locality side), one of its factors, or ``random``.
+        score_loss: the loss whose gradient scores: of the safe answer, of the unsafe one, or their difference.
+        score_pairs: most locality pairs that score; the edit holds all of them.
+        num_steps: most optimiser steps.
+        batch_size: requests in a step.
+        locality_batch_size: locality pairs in a step.
+        lr, weight_decay: Adam's (decoupled decay towards the old weights, not towards zero).
+        w_edit, w_kl: weights of the safe answer's cross-entropy and of the locality KL in the loss.
+        stop_loss, stop_kl: stop once the running means of the edit loss and of the KL are both below these.
+        norm_constraint: most that one weight may move from its old value; None for no bound.
+        refusal: the safe answer for requests that bring none.
+        system_prompt: put before every prompt, by the chat template where there is one.
+        suffix_system_prompt: put after every prompt (DINM's suffix).
+        max_length: most tokens of prompt and answer together; answers are cut, prompts are not.
+        unsafe_tokens: length of an unsafe answer, in tokens.
+        locality_tokens: length of a locality answer, in tokens.
+        first_token_weight: weight of an answer's first token in both losses, where the others weigh 1: it is there
+            that refusing and answering part.
+        micro_batch_tokens: most tokens (padding counted) that are in flight at once.
+        seed: of the shuffles and of ``score: random``.
+
+    `PKEConfig()` is the preset of method ``pke``; `load_config` and `PKEConfig.preset` know those of the others.
+    """
+
+    method: Method = "pke"
+    k: int = 1000
+    window: tuple[float, float] = (0.5, 1.0)
+    per_layer_cap: int | None = None
+    exclude: tuple[str, ...] = ()
+    score: Score = "contrast"
+    score_loss: ScoreLoss = "safe"
+    score_pairs: int = 128
+    num_steps: int = 60
+    batch_size: int = 16
+    locality_batch_size: int = 48
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    w_edit: float = 1.0
+    w_kl: float = 4.0
+    stop_loss: float = 0.1
+    stop_kl: float = 0.02
+    norm_constraint: float | None = None
+    refusal: str = "I'm sorry, but I can't assist with that."
+    system_prompt: str = ""
+    suffix_system_prompt: str = ""
+    max_length: int = 1000
+    unsafe_tokens: int = 24
+    locality_tokens: int = 8
+    first_token_weight: float = 1.0
+    micro_batch_tokens: int = 2048
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _checked(field.name, getattr(self, field.name)))
+        _require(self.k >= 1, "k", self.k, "at least 1 neuron")
+        for name in (
+            "batch_size",
+            "locality_batch_size",
+            "score_pairs",
+            "max_length",
+            "unsafe_tokens",
+            "locality_tokens",
+        ):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(self.micro_batch_tokens >= 1, "micro_batch_tokens", self.micro_batch_tokens, "at least 1")
+        _require(self.num_steps >= 0, "num_steps", self.num_steps, "0 or more")
+        for name in ("lr", "weight_decay", "w_edit", "w_kl", "stop_loss", "stop_kl", "first_token_weight"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value >= 0, name, value, "a finite number of 0 or more")
+        cap, bound = self.per_layer_cap, self.norm_constraint
+        _require(cap is None or cap >= 1, "per_layer_cap", cap, "at least 1, or null for no cap")
+        _require(bound is None or bound > 0, "norm_constraint", bound, "a number above 0, or null for no bound")
+        _require(bool(self.refusal.strip()), "refusal", self.refusal, "some text: it is the safe answer by default")
+        low, high = self.window
+        shares = isinstance(low, float) or isinstance(high, float)
+        _require(
+            0 <= low < high and (not shares or high <= 1),
+            "window",
+            list(self.window),
+            "[first, last + 1] as layer numbers, or as shares of the depth with a point: [0.5, 1.0]",
+        )
+
+    @classmethod
+    def preset(cls, method: str) -> PKEConfig:
+        """The settings that a method comes with: pke's are the defaults, the others' are in `configs/`."""
+        return load_config(overrides=[f"method={method}"])
+
+    def replace(self, **changes: Any) -> PKEConfig:
+        """A copy with some settings changed. Raises `InputError` for an unknown name or a bad value."""
+        _known(changes)
+        return dataclasses.replace(self, **changes)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
+
+    def layer_window(self, layers: int) -> tuple[int, int]:
+        """`window` as layer numbers ``(first, last + 1)`` of a model with so many layers."""
+        low, high = self.window
+        if isinstance(low, float) or isinstance(high, float):
+            low, high = math.floor(low * layers), math.ceil(high * layers)
+        if not low < high <= layers:
+            raise InputError(
+                f"window {list(self.window)} does not fit the model",
+                expected=f"layers between 0 and {layers}",
+                got=f"[{low}, {high})",
+                do="choose a window inside the model, such as [0.5, 1.0] for its upper half",
+            )
+        return int(low), int(high)
+
+
+def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> PKEConfig:
+    """Settings from a YAML file and `key=value` strings, the latter winning; the rest are the method's preset.
+
+    Raises:
+        InputError: no such file, broken YAML, an unknown setting (the nearest is suggested) or a bad value.
+    """
+    import yaml
+
+    settings = {} if path is None else _read_yaml(Path(path))
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--set {text}", expected="key=value", do="for example --set k=500")
+        try:
+            settings[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"--set {text}: the value is not YAML", got=str(error)) from error
+    _known(settings)
+    preset = Path(__file__).parent / "configs" / f"{settings.get('method', 'pke')}.yaml"
+    return PKEConfig(**{**(_read_yaml(preset) if preset.exists() else {}), **settings})
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"can't read settings: {path}", got=error.strerror, do="check --config") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"settings in {path} are not YAML", got=str(error)) from error
+    if not isinstance(loaded or {}, dict):
+        raise InputError(f"settings in {path}", expected="lines of `name: value`", got=type(loaded).__name__)
+    return dict(loaded or {})
+
+
+_TYPES: dict[str, Any] = {}
+
+
+def _known(settings: Mapping[str, Any]) -> None:
+    names = [field.name for field in dataclasses.fields(PKEConfig)]
+    for name in settings:
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
+            raise InputError(
+                f"unknown setting {name!r}",
+                expected="one of " + ", ".join(names),
+                do=f"did you mean {near[0]!r}?" if near else None,
+            )
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise InputError(f"setting {name} can't be {value!r}", expected=expected, got=repr(value))
+
+
+def _checked(name: str, value: Any) -> Any:
+    """The value in its setting's type. PyYAML reads 5e-4 as a string and 1 as an int: both are numbers here."""
+    if not _TYPES:
+        _TYPES.update(typing.get_type_hints(PKEConfig))
+    kind = _TYPES[name]
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None and type(None) in options:
+        return None
+    kind = next(option for option in options if option is not type(None))
+    if typing.get_origin(kind) is Literal:
+        _require(value in typing.get_args(kind), name, value, "one of " + ", ".join(typing.get_args(kind)))
+        return value
+    if name == "window":
+        pair = isinstance(value, list | tuple) and len(value) == 2
+        _require(pair and all(_is_number(v) for v in value), name, value, "two numbers")
+        return tuple(value)
+    if name == "exclude":
+        listed = isinstance(value, list | tuple)
+        _require(listed and all(_is_neuron(v) for v in value), name, value, 'a list of "layer:neuron"')
+        return tuple(value)
+    if kind is float:
+        if isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                _require(False, name, value, "a number")
+        _require(_is_number(value), name, value, "a number")
+        return float(value)
+    if kind is int:
+        whole = _is_number(value) and float(value).is_integer()
+        _require(whole, name, value, "a whole number")
+        return int(value)
+    _require(isinstance(value, str), name, value, "text")
+    return value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_neuron(value: object) -> bool:
+    layer, colon, neuron = str(value).partition(":")
+    return isinstance(value, str) and colon == ":" and layer.isdigit() and neuron.isdigit()

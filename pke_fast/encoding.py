@@ -1,0 +1,111 @@
+"""Prompts and answers as tokens: the chat template where the tokenizer has one, the plain prompt otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pke_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from pke_fast.config import PKEConfig
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sequence: a prompt and an answer to it.
+
+    Attributes:
+        ids: token ids of the prompt, then of the answer.
+        prompt_length: number of ids that are the prompt's; at least 1.
+    """
+
+    ids: tuple[int, ...]
+    prompt_length: int
+
+    @property
+    def answer_length(self) -> int:
+        return len(self.ids) - self.prompt_length
+
+
+class PromptEncoder:
+    """Turns prompts and answers into token ids, the same way for locating, editing and evaluating.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        config: for `system_prompt`, `suffix_system_prompt` and `max_length`.
+        context: the model's longest sequence in tokens, where it has a limit.
+    """
+
+    def __init__(self, tokenizer: Any, config: PKEConfig, context: int | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.system_prompt = config.system_prompt.strip()
+        self.suffix = config.suffix_system_prompt.strip()
+        self.limit = min(config.max_length, context or config.max_length)
+        self.chat = bool(getattr(tokenizer, "chat_template", None))
+
+    def text(self, prompt: str) -> str:
+        """The prompt as the model reads it, up to where its answer begins."""
+        prompt = f"{prompt} {self.suffix}" if self.suffix else prompt
+        if not self.chat:
+            return f"{self.system_prompt}\n\n{prompt}" if self.system_prompt else prompt
+        user = {"role": "user", "content": prompt}
+        if not self.system_prompt:
+            return self._template([user])
+        from jinja2.exceptions import TemplateError
+
+        try:
+            return self._template([{"role": "system", "content": self.system_prompt}, user])
+        except TemplateError:  # Gemma's template, for one, knows no system role: the text goes before the prompt
+            return self._template([{"role": "user", "content": f"{self.system_prompt}\n\n{prompt}"}])
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Token ids of the rendered prompt.
+
+        Raises:
+            InputError: the prompt leaves no room for an answer within `max_length` and the model's context.
+        """
+        ids = self._tokenize(self.text(prompt))
+        if len(ids) >= self.limit:
+            raise InputError(
+                f"a prompt is too long: {_shorten(prompt)!r}",
+                expected=f"at most {self.limit - 1} tokens (the model's context, or max_length)",
+                got=f"{len(ids)} tokens",
+                do="shorten it, or raise max_length if the model's context allows it",
+            )
+        if not ids:
+            raise InputError("a prompt has no tokens", expected="some text", got=repr(prompt))
+        return ids
+
+    def encode(self, prompt: str, answer: str, *, end: bool = False, answer_tokens: int | None = None) -> Encoded:
+        """A prompt with an answer, cut to `answer_tokens` and to the room there is.
+
+        Args:
+            end: add the tokenizer's end token after an answer that wasn't cut, so that the answer is learnt to end.
+        """
+        head = self.prompt_ids(prompt)
+        rendered = self.text(prompt)
+        joined = self._tokenize(rendered + ("" if self.chat else " ") + answer.strip())
+        # A tokenizer that merges across the seam would change the prompt: the answer is then tokenized alone.
+        tail = joined[len(head) :] if joined[: len(head)] == head else self._answer_alone(answer.strip())
+        if end and self.tokenizer.eos_token_id is not None:
+            tail = [*tail, self.tokenizer.eos_token_id]
+        room = self.limit - len(head)
+        tail = tail[: min(room, answer_tokens or room)]
+        if not tail:
+            raise InputError("an answer has no tokens", expected="some text", got=repr(answer))
+        return Encoded((*head, *tail), len(head))
+
+    def _answer_alone(self, answer: str) -> list[int]:
+        return list(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
+
+    def _tokenize(self, text: str) -> list[int]:
+        # A chat template writes its own special tokens; plain text wants those that the tokenizer adds by itself.
+        return list(self.tokenizer(text, add_special_tokens=not self.chat)["input_ids"])
+
+    def _template(self, messages: list[dict[str, str]]) -> str:
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def _shorten(text: str, length: int = 60) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
