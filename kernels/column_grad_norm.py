@@ -1,0 +1,43 @@
+"""column_grad_norm: how long the loss's gradient is in every column of the down projection, by request.
+
+The gradient of one request is G^T H [d, D]; its column norms come from whichever form costs fewer multiplications:
+direct, T*d*D; or by the Gram matrix, ||G^T h_i||^2 = h_i^T (G G^T) h_i, T^2*(d + D).
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+BLOCK = 2048  # neurons at a time: the [d or T, block] product stays in cache-sized pieces and is never whole
+
+
+def gram_is_cheaper(tokens: int, hidden: int, neurons: int) -> bool:
+    return tokens * (hidden + neurons) < hidden * neurons
+
+
+def reference(grad_out: Tensor, h: Tensor, offsets: Tensor) -> Tensor:
+    """Norms ||G_r^T h_i||_2 for every request r and neuron i.
+
+    Args:
+        grad_out: G = dL/d(down projection's output) [T, d], any float dtype.
+        h: the down projection's input [T, D].
+        offsets: int64 [R + 1]; request r owns the tokens offsets[r] .. offsets[r + 1].
+
+    Returns:
+        fp32 [R, D]; 0 for an empty request.
+    """
+    bounds = offsets.tolist()
+    norms = h.new_zeros(len(bounds) - 1, h.shape[1], dtype=torch.float32)
+    for r, (a, b) in enumerate(pairwise(bounds)):
+        if b == a:
+            continue
+        g = grad_out[a:b].float()
+        gram = g @ g.T if gram_is_cheaper(b - a, g.shape[1], h.shape[1]) else None
+        for start in range(0, h.shape[1], BLOCK):
+            part = h[a:b, start : start + BLOCK].float()
+            squares = (g.T @ part).square_().sum(0) if gram is None else (part * (gram @ part)).sum(0)
+            norms[r, start : start + BLOCK] = squares.clamp_(min=0).sqrt_()  # rounding can make a square negative
+    return norms

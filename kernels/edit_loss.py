@@ -1,0 +1,62 @@
+"""edit_loss: cross-entropy or KL at supervised positions, from hidden states and a frozen head, in chunks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 22  # fp32 logits alive at once: 16 MiB, so [T, V] never exists
+
+
+def logits_of(hidden: Tensor, head: Tensor, bias: Tensor | None, scale: float, soft_cap: float) -> Tensor:
+    """Logits in fp32: soft_cap * tanh(scale * (hidden @ head^T + bias) / soft_cap); soft_cap 0 means none."""
+    logits = torch.nn.functional.linear(hidden, head, bias).float() * scale
+    return torch.tanh(logits / soft_cap).mul_(soft_cap) if soft_cap else logits
+
+
+def reference(
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    targets: Tensor | None,
+    base_hidden: Tensor | None,
+    weights: Tensor,
+    scale: float,
+    soft_cap: float,
+) -> tuple[Tensor, Tensor]:
+    """Loss at each position and the gradient of their weighted sum with respect to `hidden`.
+
+    Args:
+        hidden: [N, d], the head's input at the supervised positions.
+        head, bias: the head's weight [V, d] and bias [V] or None; frozen, no gradient is made for them.
+        targets: int64 [N]; the loss is then the cross-entropy -log p(target). None: the KL below.
+        base_hidden: [N, d]; the loss is then KL(p_base || p) with p_base from these hidden states. None: targets.
+        weights: fp32 [N].
+        scale, soft_cap: how the model makes its logits (see `logits_of`).
+
+    Returns:
+        losses fp32 [N], unweighted; d(sum weights * losses)/d(hidden) [N, d] in hidden's dtype.
+    """
+    losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    grad = torch.empty_like(hidden)
+    rows = max(1, CHUNK_ELEMENTS // head.shape[0])
+    for start in range(0, len(hidden), rows):
+        part = slice(start, start + rows)
+        logits = logits_of(hidden[part], head, bias, scale, soft_cap)
+        log_p = torch.log_softmax(logits, -1)
+        d_logits = log_p.exp()
+        if targets is not None:
+            picked = targets[part, None]
+            losses[part] = -log_p.gather(1, picked)[:, 0]
+            d_logits.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=torch.float32))
+        else:
+            assert base_hidden is not None
+            log_base = torch.log_softmax(logits_of(base_hidden[part], head, bias, scale, soft_cap), -1)
+            p_base = log_base.exp()
+            losses[part] = (p_base * (log_base - log_p)).sum(-1)
+            d_logits.sub_(p_base)
+        d_logits.mul_(weights[part, None] * scale)
+        if soft_cap:
+            d_logits.mul_(1 - (logits / soft_cap).square())
+        grad[part] = d_logits.to(head.dtype) @ head
+    return losses, grad

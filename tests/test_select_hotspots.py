@@ -1,0 +1,199 @@
+"""select_hotspots: the C++ form chooses exactly what the plain torch form does, whatever the scores."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from pke_fast.kernels.select_hotspots import native, reference
+from torch import Tensor
+
+from pke_fast import native as loader
+from pke_fast.errors import InputError, PKEError
+
+INF, NAN = math.inf, math.nan
+DENORMAL = 1e-45
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """On so small sorts, threads that wait for each other on a busy machine take most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def assert_same(scores: Tensor, k: int, first: int, end: int, *rest: object) -> None:
+    expected = reference(scores, k, first, end, *rest)
+    got = native(scores, k, first, end, *rest)
+    assert got.layer_ptr.tolist() == expected.layer_ptr.tolist()
+    assert torch.equal(got.neurons, expected.neurons)
+    assert int(got.nan_count) == int(expected.nan_count)
+    assert got.layer_ptr.dtype == got.neurons.dtype == got.nan_count.dtype == torch.int64
+
+
+def random_scores(depth: int, width: int, seed: int = 0) -> Tensor:
+    return torch.randn(depth, width, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("choose", [reference, native])
+def test_by_hand(choose) -> None:
+    scores = torch.tensor([[5.0, 1.0, 4.0], [NAN, 9.0, 5.0], [5.0, -INF, 0.0]])
+    chosen = choose(scores, 3, 0, 3)
+    assert chosen.layer_ptr.tolist() == [0, 1, 3, 3]  # 9, then the first two of the three fives
+    assert chosen.neurons.tolist() == [0, 1, 2]
+    assert int(chosen.nan_count) == 1
+    capped = choose(scores, 3, 0, 3, 1)
+    assert (capped.layer_ptr.tolist(), capped.neurons.tolist()) == ([0, 1, 2, 3], [0, 1, 0])
+    windowed = choose(scores, 2, 2, 3)
+    assert (windowed.layer_ptr.tolist(), windowed.neurons.tolist()) == ([0, 0, 0, 2], [0, 2])
+    assert int(windowed.nan_count) == 0
+    exclude = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 0]], dtype=torch.uint8)
+    masked = choose(scores, 2, 0, 3, 0, exclude)
+    assert (masked.layer_ptr.tolist(), masked.neurons.tolist()) == ([0, 0, 1, 2], [2, 0])
+    few = choose(scores, 9, 0, 3, 0, None, 4.5)
+    assert (few.layer_ptr.tolist(), few.neurons.tolist()) == ([0, 1, 3, 4], [0, 1, 2, 0])
+
+
+@pytest.mark.parametrize("choose", [reference, native])
+def test_order_of_special_values(choose) -> None:
+    negative_nans = torch.tensor([-1, 0x7F800001 - 0x80000000], dtype=torch.int32).view(torch.float32)  # last and first
+    row = torch.cat([torch.tensor([NAN, -INF, -1.0, -DENORMAL, -0.0, 0.0, DENORMAL, 1.0, INF]), negative_nans])[None]
+    best_first = [8, 7, 6, 4, 5, 3, 2, 1, 0, 9, 10]  # -0 and 0 are a tie, the NaN too: the lowest first
+    for k in range(len(best_first) + 1):
+        chosen = choose(row, k, 0, 1)
+        assert chosen.neurons.tolist() == sorted(best_first[:k])
+        assert int(chosen.nan_count) == 3
+
+
+VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, INF, -INF, NAN, DENORMAL, -DENORMAL, 1e30, -1e30, 0.5, 0.25])
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple:
+    depth, width = draw(st.integers(1, 5)), draw(st.sampled_from([1, 2, 7, 63, 64, 65, 200]))
+    size = depth * width
+    if draw(st.booleans()):  # a few values only: ties everywhere
+        pool = draw(st.lists(VALUES, min_size=1, max_size=4))
+        picks = torch.randint(len(pool), (size,), generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+        scores = torch.tensor(pool)[picks]
+    else:
+        scores = random_scores(1, size, draw(st.integers(0, 99)))[0]
+        for place, value in draw(st.lists(st.tuples(st.integers(0, size - 1), VALUES), max_size=8)):
+            scores[place] = value
+    first = draw(st.integers(0, depth))
+    end = draw(st.integers(first, depth))
+    k = draw(st.one_of(st.sampled_from([0, 1, size]), st.integers(0, size)))
+    cap = draw(st.one_of(st.just(0), st.integers(1, width + 1)))
+    share = draw(st.sampled_from([None, 0.0, 0.3, 1.0]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    exclude = None if share is None else torch.rand(depth, width, generator=generator) < share
+    minimum = draw(st.one_of(st.just(-INF), VALUES.filter(lambda v: not math.isnan(v)), st.just(-1e300)))
+    return scores.reshape(depth, width), k, first, end, cap, exclude, minimum
+
+
+@settings(max_examples=400, deadline=None)
+@given(problems())
+@example((torch.zeros(3, 0), 0, 0, 3, 0, None, -INF))
+@example((torch.zeros(0, 4), 0, 0, 0, 1, None, -INF))
+def test_same_as_reference(problem) -> None:
+    assert_same(*problem)
+
+
+BIG = (3, 20_000)  # enough for sampling, many blocks and several cuts of the candidates
+
+
+@pytest.mark.parametrize("k", [0, 1, 999, 30_000, 59_999, 60_000])
+@pytest.mark.parametrize(
+    "shape", ["random", "ascending", "descending", "equal", "two values", "nan", "infinite", "late", "every 61st"]
+)
+def test_large_of_every_shape(shape: str, k: int) -> None:
+    n = BIG[0] * BIG[1]
+    scores = {
+        "random": lambda: random_scores(*BIG),
+        "ascending": lambda: torch.arange(float(n)),
+        "descending": lambda: -torch.arange(float(n)),
+        "equal": lambda: torch.full((n,), -2.5),
+        "two values": lambda: (random_scores(1, n) > 0).float(),
+        "nan": lambda: torch.full((n,), NAN),
+        "infinite": lambda: torch.full((n,), INF),
+        "late": lambda: torch.cat([torch.zeros(n - 1000), torch.arange(1000.0)]),
+        "every 61st": lambda: (torch.arange(n) % 61 == 0).float(),  # what the sampling sees is not what there is
+    }[shape]().reshape(BIG)
+    assert_same(scores, k, 0, 3)
+    assert_same(scores, k, 1, 3, 700, random_scores(*BIG, 1) > 1)
+
+
+def test_guess_that_is_too_high_is_made_good() -> None:
+    scores = torch.zeros(1, 61 * 1000)
+    scores[0, ::61] = torch.arange(1000.0) + 1  # only where the sampling looks
+    assert_same(scores, 5000, 0, 1)
+    assert_same(scores, 1100, 0, 1, 0, None, 1.0)  # and then there are only 1000 that reach the minimum
+
+
+def test_same_bytes_every_time() -> None:
+    scores = random_scores(*BIG).round(decimals=2)  # many ties
+    chosen = [native(scores, 5000, 0, 3, 2000) for _ in range(3)]
+    assert all(torch.equal(c.neurons, chosen[0].neurons) for c in chosen)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_strides(dtype: torch.dtype) -> None:
+    scores = random_scores(300, 6).to(dtype).T  # neither fp32 nor contiguous
+    exclude = (random_scores(300, 6, 1) > 0).T
+    assert_same(scores, 500, 1, 6, 150, exclude, 0.1)
+    assert_same(scores.float().requires_grad_(), 500, 1, 6, 150, exclude, 0.1)
+
+
+def test_denormals_where_they_are_flushed_to_zero() -> None:
+    scores = torch.full((1, 200), DENORMAL)
+    scores[0, 150] = 4 * DENORMAL
+    torch.set_flush_denormal(True)
+    try:
+        chosen = native(scores, 1, 0, 1)
+    finally:
+        torch.set_flush_denormal(False)
+    assert chosen.neurons.tolist() == [150]
+
+
+@pytest.mark.parametrize("choose", [reference, native])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(4), 1, 0, 1), r"scores\n  expected: \[layers, neurons\]"),
+        ((torch.zeros(2, 3, dtype=torch.float64), 1, 0, 1), "fp32, bf16 or fp16"),
+        ((torch.zeros(2, 3), -1, 0, 2), "0 to 6, the number of neurons"),
+        ((torch.zeros(2, 3), 7, 0, 2), "0 to 6, the number of neurons"),
+        ((torch.zeros(2, 3), 1, 0, 3), r"layers within 0 to 2\n  got: \[0, 3\)"),
+        ((torch.zeros(2, 3), 1, 2, 1), r"got: \[2, 1\)"),
+        ((torch.zeros(2, 3), 1, 0, 2, -1), "per_layer_cap"),
+        ((torch.zeros(2, 3), 1, 0, 2, 0, torch.zeros(3, 2, dtype=torch.uint8)), r"the scores' shape \[2, 3\]"),
+        ((torch.zeros(2, 3), 1, 0, 2, 0, torch.zeros(2, 3)), "bool or uint8"),
+        ((torch.zeros(2, 3), 1, 0, 2, 0, None, NAN), "minimum"),
+    ],
+)
+def test_bad_arguments(choose, arguments: tuple, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        choose(*arguments)
+
+
+def test_native_refuses_another_device() -> None:
+    with pytest.raises(InputError, match=r"expected: a CPU tensor\n  got: meta"):
+        native(torch.zeros(2, 3, device="meta"), 1, 0, 2)
+
+
+def test_missing_library_says_what_to_do(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "pke_fast._native", None)  # an import of it now fails
+    loader.library.cache_clear()
+    try:
+        with pytest.raises(PKEError, match=r"can't be loaded[\s\S]*pip install"):
+            native(torch.zeros(2, 3), 1, 0, 2)
+        assert "can't be loaded" in str(loader.problem())
+    finally:
+        loader.library.cache_clear()
