@@ -1,0 +1,266 @@
+"""Files of prompts in the formats that people have, recognised by content and read as records.
+
+The suffix only decides what can't be told from the content: a .csv without a known column and a .json that isn't JSON
+are errors, where another file would be plain text. `pke_fast.requests` makes requests, pairs and prompts of records.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pke_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to name the parts of a request. `keys` maps our names to the format's, in lower case."""
+
+    name: str
+    keys: Mapping[str, str]
+
+
+# A record, be it a JSON object or a CSV row, has the first of these formats whose prompt it has. The order matters:
+# JailbreakBench has both Goal (the prompt) and Behavior (a short title).
+FORMATS = (
+    Format(
+        "pke_fast, EasyEdit",
+        {
+            "prompt": "prompt",
+            "answer": "answer",
+            "target_new": "target_new",
+            "ground_truth": "ground_truth",
+            "locality": "locality",
+            "case_id": "case_id",
+        },
+    ),
+    Format(
+        "SafeEdit",
+        {
+            "prompt": "adversarial prompt",
+            "target_new": "safe generation",
+            "ground_truth": "unsafe generation",
+            "locality": "knowledge constrain",  # so spelt in SafeEdit
+            "case_id": "id",
+        },
+    ),
+    Format("AdvBench, JailbreakBench", {"prompt": "goal", "ground_truth": "target"}),
+    Format("HarmBench", {"prompt": "behavior", "context": "contextstring", "case_id": "behaviorid"}),
+)
+_PROMPT_KEYS = ", ".join(f"{form.keys['prompt']!r} ({form.name})" for form in FORMATS)
+_KNOWN = f"a JSON object or a CSV row with one of {_PROMPT_KEYS}, or plain text of one prompt a line"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record of a file: `where` it stands, for messages, its `values` by lower-case key, and its format."""
+
+    where: str
+    values: Mapping[str, Any]
+    format: Format
+
+    def key(self, name: str) -> str:
+        """The format's own key of one of our names, for messages."""
+        return self.format.keys.get(name, name)
+
+    def get(self, name: str) -> Any:
+        """The raw value by our name; None where the format or the record has none."""
+        key = self.format.keys.get(name)  # "" would be pandas' column of row numbers
+        return None if key is None else self.values.get(key)
+
+    def text(self, name: str) -> str | None:
+        """A text by our name; None where it is missing, null or blank. Raises `InputError` for another type."""
+        return text_or_none(self.get(name), f"{self.where}: {self.key(name)!r}")
+
+
+def text_or_none(value: Any, where: str) -> str | None:
+    """The value if it is text, None if it is None or blank. Raises `InputError` for anything else."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise InputError(f"{where} has the wrong type", expected="text", got=f"{type(value).__name__} {value!r:.80}")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise InputError(
+            f"{where} holds half of a character",
+            expected="text that UTF-8 can express",
+            got="a lone \\uD800..\\uDFFF escape",
+            do="write both halves of the pair, or the character itself",
+        )
+    return value if value.strip() else None
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """All records of a JSONL, JSON, CSV or plain text file, in order. The whole file is checked.
+
+    Raises:
+        InputError: the file can't be read, isn't text in UTF-8, is broken, or holds no record that we know.
+    """
+    path = Path(path)
+    text = _read_text(path)
+    start, suffix = text.lstrip()[:1], path.suffix.lower()
+    header = _header(text)
+    if start in ("{", "[") or suffix in (".json", ".jsonl"):
+        records = [_record(where, item) for where, item in _json_items(text, path)]
+    elif suffix in (".csv", ".tsv") or _is_table(header):
+        records = list(_table_records(text, path, header))
+    else:
+        lines = enumerate(_lines(text), start=1)
+        records = [
+            Record(f"{path}, line {n}", {"prompt": line.strip()}, FORMATS[0]) for n, line in lines if line.strip()
+        ]
+    if not records:
+        raise InputError(f"{path} holds no records", expected=_KNOWN, got="no row or line with content")
+    return records
+
+
+def _read_text(path: Path) -> str:
+    if path.is_dir():
+        raise InputError(f"{path} is a folder", expected="a file", do="name a file inside it")
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(f"no such file: {path}", expected=_KNOWN, do="check the path") from error
+    except OSError as error:
+        raise InputError(f"can't read {path}", got=error.strerror or str(error), do="check the file") from error
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        offset = error.start
+    else:
+        offset = data.find(b"\0")  # UTF-16 without a mark decodes as UTF-8 full of NULs
+    if offset >= 0:
+        raise InputError(
+            f"{path} is not text in UTF-8",
+            expected="a text file in UTF-8, with or without a byte order mark",
+            got=f"byte 0x{data[offset]:02x} at byte offset {offset} (line {data.count(10, 0, offset) + 1})",
+            do="save it as UTF-8",
+        )
+    if not text.strip("\ufeff \t\r\n"):
+        raise InputError(f"{path} is empty", expected=_KNOWN, got=f"{len(data)} bytes without content")
+    return text.removeprefix("\ufeff")
+
+
+def _record(where: str, item: Any) -> Record:
+    if not isinstance(item, dict):
+        raise InputError(
+            f"{where}: a record that is not an object",
+            expected='a JSON object such as {"prompt": "..."}',
+            got=f"{type(item).__name__} {item!r:.80}",
+        )
+    values = {key.strip().lower(): value for key, value in item.items()}
+    for form in FORMATS:
+        if form.keys["prompt"] in values:
+            return Record(where, values, form)
+    raise InputError(
+        f"{where}: a request without a prompt",
+        expected=f"one of the keys {_PROMPT_KEYS}",
+        got=f"keys {_named(list(item))}",
+        do="rename the key that holds the prompt to 'prompt'",
+    )
+
+
+def _json_items(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    """(where, value) of a JSON array's items, of one JSON object, or of each line that isn't blank."""
+    first = text.lstrip().split("\n", 1)[0].rstrip()
+    try:
+        document = _loads(text, path, 1)
+    except InputError:
+        if first.startswith("[") or first == "{":
+            raise
+    else:
+        if isinstance(document, list):
+            yield from ((f"{path}, record {n}", item) for n, item in enumerate(document, start=1))
+        else:
+            blank = len(text) - len(text.lstrip())
+            yield f"{path}, line {text.count(chr(10), 0, blank) + 1}", document
+        return
+    # Only \n ends a line of JSONL: JSON strings may hold U+2028 and others at which splitlines() would cut.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield f"{path}, line {number}", _loads(line, path, number)
+
+
+def _loads(text: str, path: Path, line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line += error.lineno - 1
+        got = f"{error.msg} (column {error.colno})"
+    except RecursionError:
+        got = "brackets nested too deeply"
+    except ValueError as error:  # a number of more digits than Python converts
+        got = str(error)
+    raise InputError(
+        f"{path}, line {line}: broken JSON",
+        expected="one JSON object a line (JSONL), or one JSON array of objects",
+        got=got,
+        do="correct that line; plain text prompts must not begin the file with '{' or '['",
+    )
+
+
+def _lines(text: str) -> list[str]:
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def _header(text: str) -> list[str]:
+    """The first line that isn't blank, as the cells of a CSV header, as written."""
+    line = next(line for line in _lines(text) if line.strip())
+    try:
+        return next(csv.reader([line]))
+    except csv.Error:  # a line longer than the csv module takes as a cell
+        return [line]
+
+
+def _is_table(header: list[str]) -> bool:
+    # A comma in prose is followed by a space, so "Prompt, please" at the head of a text file is no header.
+    names = [name.lower() for name in header]
+    return any(form.keys["prompt"] in names for form in FORMATS) and not any(name[:1].isspace() for name in names)
+
+
+def _table_records(text: str, path: Path, header: list[str]) -> Iterator[Record]:
+    names = [name.strip().lower() for name in header]
+    if not any(form.keys["prompt"] in names for form in FORMATS):
+        raise InputError(
+            f"{path}: no column that holds prompts",
+            expected=f"a CSV with one of the columns {_PROMPT_KEYS}, separated by commas",
+            got=f"columns {_named(header)}",
+            do="rename the column that holds the prompts to 'prompt'",
+        )
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    headed = False
+    while True:
+        line = rows.line_num + 1
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise InputError(
+                f"{path}, row at line {line}: broken CSV",
+                expected='cells with commas, quotes or newlines in "double quotes", a quote inside doubled',
+                got=str(error),
+                do="look for a quote that is not closed",
+            ) from error
+        if not any(cell.strip() for cell in row):
+            continue
+        if not headed:
+            headed = True
+            continue
+        if any(cell.strip() for cell in row[len(names) :]):
+            raise InputError(
+                f"{path}, row at line {line}: more cells than columns",
+                expected=f"{len(names)} cells: {_named(header)}",
+                got=f"{len(row)} cells",
+                do="put cells that hold commas in double quotes",
+            )
+        yield _record(f"{path}, row at line {line}", dict(zip(names, row, strict=False)))
+
+
+def _named(keys: list[str]) -> str:
+    shown = ", ".join(repr(key[:40]) for key in keys[:12])
+    return (shown or "none") + (f" and {len(keys) - 12} more" if len(keys) > 12 else "")
