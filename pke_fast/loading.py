@@ -1,0 +1,196 @@
+"""From a name (`smollm2`, a folder, a .gguf file, a hub id) to a model and its tokenizer, ready to use."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pke_fast.errors import InputError
+from pke_fast.pretrained import explained, load_gguf, pretrained, pretrained_tokenizer, quiet
+from pke_fast.sources import ask_hub, check_config, check_files, find_path
+from pke_fast.stages import Stages
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # our names, and torch's
+
+
+@dataclass
+class LoadedModel:
+    """A model in eval mode whose parameters need no gradients, and its tokenizer.
+
+    Attributes:
+        name: as it was asked for; the hub id that stood in for `smollm2` where the package isn't installed.
+        source: the folder that its safetensors were read from (of the hub's cache, for a hub id); None for a .gguf.
+        device: such as "cpu" or "cuda:0".
+        dtype: of its weights: "fp32", "bf16" or "fp16".
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    source: Path | None
+    device: str
+    dtype: str
+
+
+def load_model(
+    name: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    stages: Stages | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Loads a model and its tokenizer.
+
+    Args:
+        name: `smollm2` (the embedded model), a folder with a transformers checkpoint, a .gguf file, or a hub id. What
+            exists as a path is taken from there.
+        device: see `resolve_device`.
+        dtype: "fp32", "bf16", "fp16", or "auto": as the checkpoint has it (fp32 for a .gguf file).
+        stages: shows the progress.
+        trust_remote_code: let a model run Python code that comes with it.
+
+    Raises:
+        InputError: no such model or device, or not a causal language model with whole, finite, unquantized
+            safetensors weights and a tokenizer.
+        PKEError: not enough memory, or a full disk.
+    """
+    device = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype)
+    stages = stages or Stages(device, show=False)
+    name, path = _resolve_name(name, stages)
+    with stages.stage(f"loading {path.name if path else name}"), quiet(), explained(name):
+        source: Path | None
+        if path and path.is_file():
+            source = None
+            model, tokenizer = load_gguf(path, torch_dtype)
+        else:
+            source, online = (path, False) if path else ask_hub(name)
+            check_config(source, name, trust_remote_code)
+            if path:
+                check_files(path)
+            where = {"local_files_only": not online, "trust_remote_code": trust_remote_code}
+            model = pretrained(str(path or name), torch_dtype or "auto", use_safetensors=True, **where)
+            tokenizer = pretrained_tokenizer(str(path or name), **where)
+        model.to(device).eval().requires_grad_(False)
+        check_finite(model)
+    return LoadedModel(model, tokenizer, name, source, device, _dtype_name(model))
+
+
+def resolve_device(device: str, gpus: int | None = None) -> str:
+    """The device of that name: "cpu" or "cuda:i". "auto" is the first GPU where there is one, else the CPU.
+
+    Args:
+        device: "auto", "cpu", "cuda" (the first GPU) or "cuda:i".
+        gpus: how many there are; None asks torch.
+
+    Raises:
+        InputError: it isn't there; says what is.
+    """
+    import torch
+
+    if gpus is None:
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = ["cpu", *(f"cuda:{index}" for index in range(gpus))]
+    if device == "auto":
+        return there[1] if gpus else "cpu"
+    wanted = "cuda:0" if device == "cuda" else device
+    if wanted not in there:
+        no_gpu = "torch finds no GPU" + ("" if torch.version.cuda else ": it is a build without CUDA")
+        raise InputError(
+            f"no such device: {device}",
+            expected=f"auto, or one of: {', '.join(there)}",
+            got=f"{device}, but {no_gpu}" if device.startswith("cuda") and not gpus else device,
+            do="name a device that is there, or leave it to auto",
+        )
+    return wanted
+
+
+def resolve_dtype(dtype: str) -> torch.dtype | None:
+    """The torch dtype of one of our names; None for "auto"."""
+    import torch
+
+    if dtype == "auto":
+        return None
+    if dtype not in DTYPES:
+        raise InputError(f"unknown dtype: {dtype}", expected=f"auto or one of: {', '.join(DTYPES)}", got=dtype)
+    resolved: torch.dtype = getattr(torch, DTYPES[dtype])
+    return resolved
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $PKE_FAST_CACHE, else pke_fast in $XDG_CACHE_HOME or ~/.cache. May not exist."""
+    own = os.environ.get("PKE_FAST_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pke_fast"
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raises InputError, naming the first parameter that has a NaN or an infinity in it."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and not torch.isfinite(torch.stack(parameter.detach().aminmax())).all():
+            raise InputError(
+                f"the model's weights aren't finite: {name}",
+                expected="numbers",
+                got="NaN or infinity in it",
+                do="get the checkpoint anew, or load it with another dtype (fp16 holds nothing above 65,504)",
+            )
+
+
+def context_length(model: Any) -> int | None:
+    """The longest sequence, in tokens, that the model's configuration allows; None where it doesn't say."""
+    config = getattr(model.config, "text_config", None) or model.config
+    names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+    values = (getattr(config, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
+
+
+def pad_token_id(tokenizer: Any, model: Any) -> int:
+    """A token to pad with: the tokenizer's own, else its end token, else the model's, else 0.
+
+    Always one that the model has an embedding for.
+    """
+    size = model.get_input_embeddings().weight.shape[0]
+    ends = getattr(model.config, "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [ends]
+    candidates = [tokenizer.pad_token_id, tokenizer.eos_token_id, getattr(model.config, "pad_token_id", None), *ends]
+    return next((token for token in candidates if isinstance(token, int) and 0 <= token < size), 0)
+
+
+def _resolve_name(name: str, stages: Stages) -> tuple[str, Path | None]:
+    """The name to report, and the file or folder; None for a hub id."""
+    if name != "smollm2":
+        return name, find_path(name)
+    from pke_fast import smollm2
+
+    if smollm2.is_installed():
+        return name, smollm2.default_model_folder(stages)
+    warnings.warn(
+        f"the package {smollm2.DISTRIBUTION} isn't installed: smollm2 is taken from the hub, as {smollm2.HUB_ID}",
+        stacklevel=3,
+    )
+    return smollm2.HUB_ID, None
+
+
+def _dtype_name(model: Any) -> str:
+    """Our name of the dtype that most of the weights have."""
+    counts: dict[str, int] = {}
+    for parameter in model.parameters():
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        counts[dtype] = counts.get(dtype, 0) + parameter.numel()
+    most = max(counts, key=lambda dtype: counts[dtype])
+    for name, dtype in DTYPES.items():
+        if dtype == most:
+            return name
+    raise InputError(
+        f"the model's weights are {most}", expected=f"one of: {', '.join(DTYPES)}", got=most, do="give --dtype fp32"
+    )
