@@ -1,0 +1,106 @@
+"""Encoded sequences packed by length into micro-batches, with the positions whose next token is supervised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pke_fast.encoding import Encoded
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A micro-batch of B sequences, padded on the right to T tokens.
+
+    Attributes:
+        input_ids, attention_mask: int64 [B, T].
+        groups: each row's group (a request), ascending; the rows of one group are neighbours in one batch.
+        rows: each row's index among the sequences that were packed.
+        positions: int64 [N], the supervised positions in the flattened [B * T]: those that predict an answer's tokens.
+        targets: int64 [N], the tokens they should predict.
+        owners: int64 [N], the row that each belongs to.
+        nth: int64 [N], which token of its answer each predicts, from 0.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    groups: tuple[int, ...]
+    rows: tuple[int, ...]
+    positions: Tensor
+    targets: Tensor
+    owners: Tensor
+    nth: Tensor
+
+    def group_offsets(self) -> Tensor:
+        """Where each group's tokens begin in the flattened [B * T]: int64 [groups + 1]."""
+        length = self.input_ids.shape[1]
+        starts = [i for i, g in enumerate(self.groups) if i == 0 or g != self.groups[i - 1]]
+        return torch.tensor([*starts, len(self.groups)]) * length
+
+    def answer_weights(self, first_token_weight: float = 1.0, sign: Tensor | None = None) -> Tensor:
+        """Weights [N] that make a sum over positions a sum over rows of each answer's mean.
+
+        Args:
+            first_token_weight: weight of an answer's first token in its mean, where the others weigh 1.
+            sign: a factor for each row, fp32 [B]; 1 where it is None.
+        """
+        weights = torch.where(self.nth == 0, first_token_weight, 1.0)
+        totals = torch.zeros(len(self.rows), device=weights.device).index_add_(0, self.owners, weights)
+        weights = weights / totals[self.owners]
+        return weights if sign is None else weights * sign[self.owners]
+
+    def to(self, device: torch.device) -> Batch:
+        tensors: Any = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
+
+
+def pack(sequences: Sequence[Encoded], tokens: int, pad_id: int, groups: Sequence[int] | None = None) -> list[Batch]:
+    """Packs sequences, longest first, so that neighbours are of like length.
+
+    Args:
+        tokens: most tokens in a batch, padding counted; one group alone may exceed it.
+        groups: sequences of one group stay in one batch; by default each is its own.
+    """
+    members: dict[int, list[int]] = {}
+    for index, group in enumerate(groups if groups is not None else range(len(sequences))):
+        members.setdefault(group, []).append(index)
+    longest = {group: max(len(sequences[i].ids) for i in rows) for group, rows in members.items()}
+    batches: list[Batch] = []
+    waiting: list[int] = []
+    width = 0
+    for group in sorted(members, key=lambda g: (-longest[g], g)):
+        rows = members[group]
+        if waiting and (len(waiting) + len(rows)) * width > tokens:
+            batches.append(_batch(sequences, waiting, pad_id, groups))
+            waiting = []
+        width = longest[group] if not waiting else width
+        waiting += rows
+    if waiting:
+        batches.append(_batch(sequences, waiting, pad_id, groups))
+    return batches
+
+
+def _batch(sequences: Sequence[Encoded], rows: list[int], pad_id: int, groups: Sequence[int] | None) -> Batch:
+    by_group = sorted(rows, key=lambda i: (groups[i] if groups is not None else i, i))
+    length = max(len(sequences[i].ids) for i in rows)
+    input_ids = torch.full((len(rows), length), pad_id)
+    mask = torch.zeros_like(input_ids)
+    positions: list[int] = []
+    targets: list[int] = []
+    owners: list[int] = []
+    nth: list[int] = []
+    for row, i in enumerate(by_group):
+        ids, start = sequences[i].ids, sequences[i].prompt_length
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        mask[row, : len(ids)] = 1
+        positions += [row * length + t - 1 for t in range(start, len(ids))]
+        targets += ids[start:]
+        owners += [row] * (len(ids) - start)
+        nth += range(len(ids) - start)
+    named = tuple(groups[i] if groups is not None else i for i in by_group)
+    tensors = (torch.tensor(values) for values in (positions, targets, owners, nth))
+    return Batch(input_ids, mask, named, tuple(by_group), *tensors)

@@ -1,0 +1,93 @@
+"""Hot spots: the neurons that rank highest on unsafe requests and low on the locality set, under constraints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+import pke_fast.ops  # noqa: F401  registers torch.ops.pke_fast
+from pke_fast.config import PKEConfig
+from pke_fast.errors import InputError
+from pke_fast.scoring import Scores
+
+
+@dataclass(frozen=True, eq=False)
+class HotSpots:
+    """Selected neurons in compressed rows: layer l has neurons[layer_ptr[l] : layer_ptr[l + 1]], ascending.
+
+    Attributes:
+        layer_ptr: int64 [L + 1].
+        neurons: int64 [k].
+    """
+
+    layer_ptr: Tensor
+    neurons: Tensor
+
+    def __len__(self) -> int:
+        return len(self.neurons)
+
+    def by_layer(self) -> dict[int, Tensor]:
+        """The neurons of every layer that has any, int64 ascending."""
+        spans = enumerate(pairwise(self.layer_ptr.tolist()))
+        return {layer: self.neurons[a:b] for layer, (a, b) in spans if b > a}
+
+    @classmethod
+    def from_layers(cls, layers: Mapping[int, Tensor], depth: int) -> HotSpots:
+        counts = torch.tensor([len(layers[i]) if i in layers else 0 for i in range(depth)])
+        pointers = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        parts = [layers[layer] for layer in sorted(layers)]
+        return cls(pointers, torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64))
+
+
+def toxicity(scores: Scores) -> Tensor:
+    """Weight change times activation path, each relative to its mean over the scored layers: [L, D], mean about 1."""
+    rows = slice(scores.first, None)
+    parts = [part / part[rows].mean().clamp(min=1e-30) for part in (scores.weight_change, scores.activation_path)]
+    return parts[0] * parts[1]
+
+
+def rank(unsafe: Scores, locality: Scores | None, config: PKEConfig) -> Tensor:
+    """The score map [L, D], fp32, that hot spots are the highest of, as `config.score` names it."""
+    if config.score == "weight_change":
+        return unsafe.weight_change
+    if config.score == "activation_path":
+        return unsafe.activation_path
+    if config.score == "random":
+        return torch.rand(unsafe.weight_change.shape, generator=torch.Generator().manual_seed(config.seed))
+    if config.score == "contrast" and locality is not None:
+        return toxicity(unsafe) - toxicity(locality)
+    return toxicity(unsafe)
+
+
+def select(score_map: Tensor, config: PKEConfig) -> HotSpots:
+    """The top `config.k` of a score map [L, D] within the window, the cap and the exclusions.
+
+    Raises:
+        InputError: k is more than there is to choose from, or an excluded neuron doesn't exist.
+    """
+    depth, width = score_map.shape
+    first, end = config.layer_window(depth)
+    exclude = torch.zeros(depth, width, dtype=torch.uint8)
+    for name in config.exclude:
+        layer, neuron = (int(part) for part in name.split(":"))
+        if layer >= depth or neuron >= width:
+            raise InputError(
+                f"excluded neuron {name} doesn't exist", expected=f"layers 0 to {depth - 1}, neurons 0 to {width - 1}"
+            )
+        exclude[layer, neuron] = 1
+    free = (exclude[first:end] == 0).sum(1).clamp(max=config.per_layer_cap or width)
+    if config.k > int(free.sum()):
+        raise InputError(
+            f"k = {config.k} is more than there are neurons to choose from",
+            expected=f"at most {int(free.sum())} (layers {first} to {end - 1}, less the excluded, under the cap)",
+            got=str(config.k),
+            do="lower k, widen the window or raise per_layer_cap",
+        )
+    layer_ptr, neurons, _ = torch.ops.pke_fast.select_hotspots(
+        score_map.float().cpu(), config.k, first, end, config.per_layer_cap or 0, exclude, float("-inf")
+    )
+    return HotSpots(layer_ptr, neurons)

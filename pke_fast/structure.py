@@ -1,0 +1,356 @@
+"""Where a model keeps its decoder layers and their MLPs: found by structure, then probed against its own output.
+
+Nothing here knows a model family by name. A decoder layer is an item of the one module list that is as long as the
+model is deep; its MLP is the module whose own linear children have the shapes of an MLP; what those children are to
+each other (which is the gate, which activation is between them) is read off a small forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pke_fast.errors import InputError
+from pke_fast.kernels.edit_loss import logits_of
+from pke_fast.kernels.glu_score import ACTIVATIONS
+
+
+@dataclass(frozen=True, eq=False)
+class MLP:
+    """One layer's MLP: out = down(h), h = act(gate(x)) * up(x), or h = act(gate(x)) for a plain one.
+
+    Attributes:
+        module: the module that holds the projections.
+        down: the down projection; its weight is [d, D] (axis 1) or, as transformers' Conv1D stores it, [D, d] (axis 0).
+        weight: the name of `down`'s weight among the model's parameters.
+        axis: the dimension of that weight that counts neurons.
+        gate, up: the projections into the MLP; `up` is None for a plain MLP, and is `gate` for one fused [2D, d].
+        act: a name in `ACTIVATIONS`; None where no form gives h, which is then taken at `down`'s input.
+    """
+
+    module: nn.Module
+    down: nn.Module
+    weight: str
+    axis: int
+    gate: nn.Module
+    up: nn.Module | None
+    act: str | None = None
+
+    def projections(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """gate(x) and up(x), [.., D] each; None for the `up` of a plain MLP."""
+        if self.up is None:
+            return self.gate(x), None
+        if self.up is self.gate:
+            gate, up = self.gate(x).chunk(2, -1)
+            return gate, up
+        return self.gate(x), self.up(x)
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """A model as pke_fast sees it.
+
+    Attributes:
+        model: the causal language model of transformers.
+        base: the module that holds the decoder layers and runs them; its forward ends before the logits.
+        layers: the decoder layers, L of them.
+        mlps: their MLPs.
+        tail: what runs between the last layer and the head (the final norm), in order.
+        head: the output embedding, its weight [V, d].
+        scale, soft_cap: logits = soft_cap * tanh(scale * head(x) / soft_cap); soft_cap 0 where there is none.
+        hidden_size, neurons: d and D.
+        layers_return_tuples: whether a decoder layer returns its hidden state in a tuple.
+    """
+
+    model: Any
+    base: nn.Module
+    layers: nn.ModuleList
+    mlps: tuple[MLP, ...]
+    tail: tuple[nn.Module, ...]
+    head: Any
+    scale: float
+    soft_cap: float
+    hidden_size: int
+    neurons: int
+    layers_return_tuples: bool
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.down_weight(0).dtype
+
+    def down_weight(self, layer: int) -> Tensor:
+        weight = self.mlps[layer].down.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """The head's input from the last layer's output."""
+        for module in self.tail:
+            hidden = module(hidden)
+        return hidden
+
+
+def find_structure(model: Any) -> Structure:
+    """Finds and probes the structure of a causal language model.
+
+    Raises:
+        InputError: the structure isn't one of those known (it says what was looked for), or the probe disagrees.
+    """
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    hidden_size, depth = config.hidden_size, config.num_hidden_layers
+    base, layers = _find_layers(model, depth)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    mlps: list[MLP] = [_find_mlp(layer, hidden_size, names, index) for index, layer in enumerate(layers)]
+    widths = {(_linear_shape(mlp.down) or (0, 0))[1] for mlp in mlps}
+    if len(widths) != 1:
+        raise InputError(
+            f"the MLPs of {type(model).__name__} differ in width",
+            expected="the same number of neurons in every layer",
+            got=", ".join(str(width) for width in sorted(widths)),
+        )
+    head = model.get_output_embeddings()
+    if head is None or not isinstance(getattr(head, "weight", None), Tensor):
+        raise InputError(f"{type(model).__name__} has no output embedding", expected="a head with a weight [V, d]")
+    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
+    if type(model).__name__.startswith("Granite"):
+        scale = 1.0 / float(config.logits_scaling)
+    soft_cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)  # Gemma 2
+    probe = _probe(model, base, layers, mlps, head, scale, soft_cap, config.vocab_size)
+    return Structure(
+        model, base, layers, probe.mlps, probe.tail, head, scale, soft_cap, hidden_size, widths.pop(), probe.tuples
+    )
+
+
+def _find_layers(model: nn.Module, depth: int) -> tuple[nn.Module, nn.ModuleList]:
+    found = [
+        (parent, child)
+        for parent in model.modules()
+        for child in parent.children()
+        if isinstance(child, nn.ModuleList) and len(child) == depth and _has_parameters(child)
+    ]
+    if len(found) != 1:
+        raise InputError(
+            f"can't find the decoder layers of {type(model).__name__}",
+            expected=f"one ModuleList of {depth} layers (config.num_hidden_layers)",
+            got=f"{len(found)} of that length",
+            do="pke_fast edits decoder-only models (Llama, Mistral, Qwen, Gemma, GPT-2, GPT-NeoX and the like)",
+        )
+    return found[0]
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(out, in) of a linear layer, of transformers' transposed Conv1D too."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or isinstance(module, nn.Embedding):
+        return None
+    return (
+        (weight.shape[1], weight.shape[0]) if type(module).__name__ == "Conv1D" else (weight.shape[0], weight.shape[1])
+    )
+
+
+def _find_mlp(layer: nn.Module, d: int, names: dict[int, str], index: int) -> MLP:
+    """The MLP of a layer by the shapes of its linear children; modules named like an MLP are tried first."""
+
+    def named_like_mlp(item: tuple[str, nn.Module]) -> bool:
+        return not any(part in item[0].lower() for part in ("mlp", "feed_forward", "ffn", "ff"))
+
+    for _, module in sorted(layer.named_modules(), key=named_like_mlp):
+        linears = [(name, child, shape) for name, child in module.named_children() if (shape := _linear_shape(child))]
+        if len(linears) not in (2, 3):
+            continue
+        *inputs, (_, down, (out, width)) = linears
+        shapes = [shape for _, _, shape in inputs]
+        if out != d or any(into != d for _, into in shapes):
+            continue
+        gate, up = inputs[0][1], None
+        if len(shapes) == 2 and shapes[0][0] == shapes[1][0] == width:
+            gate, up = (entry[1] for entry in sorted(inputs, key=lambda entry: "gate" not in entry[0]))
+        elif len(shapes) == 1 and shapes[0][0] == 2 * width:
+            up = gate
+        elif not (len(shapes) == 1 and shapes[0][0] == width):
+            continue
+        axis = 0 if type(down).__name__ == "Conv1D" else 1
+        return MLP(module, down, names[id(down.weight)], axis, gate, up)
+    listing = ", ".join(
+        f"{name} {list(shape)}" for name, module in layer.named_modules() if (shape := _linear_shape(module))
+    )
+    raise InputError(
+        f"can't find the MLP of layer {index} ({type(layer).__name__})",
+        expected=f"a module with linear children gate and up [D, {d}] (or one [D, {d}], or fused [2D, {d}]),"
+        f" then down [{d}, D]",
+        got=listing or "no linear layers",
+        do="mixture-of-experts, quantised and sharded MLPs aren't supported here",
+    )
+
+
+@dataclass
+class _Probe:
+    mlps: tuple[MLP, ...]
+    tail: tuple[nn.Module, ...]
+    tuples: bool
+
+
+def first_tensor(output: Any) -> Tensor:
+    """A layer's hidden state: some return it alone, some first in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """A decoder layer's call as its hidden state and the rest of its arguments."""
+    if args:
+        return args[0], args[1:], kwargs
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), (), rest
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+@contextmanager
+def hooks(*handles: Any) -> Iterator[None]:
+    """Keeps module hooks for the length of a block."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield
+
+
+def _probe(
+    model: Any,
+    base: nn.Module,
+    layers: nn.ModuleList,
+    mlps: list[MLP],
+    head: Any,
+    scale: float,
+    soft_cap: float,
+    vocabulary: int,
+) -> _Probe:
+    """One small forward pass that checks all that was found, and reads the activations and the tail off it."""
+    name = type(model).__name__
+    outputs: dict[int, Tensor] = {}  # id of a projection -> its output
+    inputs: dict[int, list[Tensor]] = {}  # id of a down projection, or of the head -> its inputs
+    chain: list[nn.Module] = []
+    current: list[Tensor] = []  # what the last layer, then each module of the tail, returned
+    dependent: list[int] = []
+    tuples: list[bool] = []
+
+    def keep_output(module: nn.Module, _args: Any, output: Any) -> None:
+        outputs[id(module)] = first_tensor(output).detach()
+
+    def keep_input(module: nn.Module, args: Any) -> None:
+        inputs.setdefault(id(module), []).append(args[0].detach())
+
+    def check_call(index: int) -> Any:
+        def check(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            _, rest, named = split_hidden(args, kwargs)
+            if any(tensor.requires_grad for tensor in _tensors((rest, named))):
+                dependent.append(index)
+
+        return check
+
+    def leave_last(_module: nn.Module, _args: Any, output: Any) -> None:
+        current.append(first_tensor(output))
+        tuples.append(isinstance(output, tuple))
+
+    def follow(module: nn.Module, args: Any, output: Any) -> None:
+        if current and args and args[0] is current[-1] and isinstance(output, Tensor):
+            chain.append(module)
+            current.append(output)
+
+    def attach(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+        hidden, rest, named = split_hidden(args, kwargs)
+        hidden = hidden.detach().requires_grad_()  # so that whatever follows from it can be told
+        return ((hidden, *rest), named) if args else ((), {**named, "hidden_states": hidden})
+
+    projections = {id(p): p for mlp in mlps for p in (mlp.gate, mlp.up, mlp.down, mlp.module) if p is not None}
+    handles = [p.register_forward_hook(keep_output) for p in projections.values()]
+    handles += [module.register_forward_pre_hook(keep_input) for module in (*(mlp.down for mlp in mlps), head)]
+    handles.append(layers[0].register_forward_pre_hook(attach, with_kwargs=True))
+    handles += [
+        layer.register_forward_pre_hook(check_call(index), with_kwargs=True)
+        for index, layer in enumerate(layers)
+        if index > 0
+    ]
+    handles.append(layers[-1].register_forward_hook(leave_last))
+    handles += [child.register_forward_hook(follow) for child in base.children() if child is not layers]
+    device = next(model.parameters()).device
+    ids = torch.arange(24, device=device).reshape(2, 12) * 37 % vocabulary
+    with hooks(*handles), torch.enable_grad():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.detach().float()
+
+    if dependent:
+        raise InputError(
+            f"{name} hands layer {dependent[0]} a tensor computed from earlier layers besides the hidden state",
+            do="this architecture can't be replayed layer by layer: its gradients would be wrong, so it is refused",
+        )
+    if id(head) not in inputs or not current or not torch.equal(inputs[id(head)][-1], current[-1].detach()):
+        raise InputError(
+            f"can't follow the hidden state of {name} from its last layer to its head",
+            expected="a chain of modules (the final norm), then the output embedding",
+            got=" -> ".join(type(module).__name__ for module in chain) or "nothing after the last layer",
+        )
+    ours = logits_of(inputs[id(head)][-1], head.weight, getattr(head, "bias", None), scale, soft_cap)
+    if not _close(ours, logits, head.weight.dtype):
+        raise InputError(
+            f"the logits of {name} aren't its head applied to its last hidden state",
+            expected="head(x), scaled by config.logit_scale or capped by config.final_logit_softcapping",
+            got=f"a difference of up to {(ours - logits).abs().max():.3g}",
+        )
+    return _Probe(tuple(_with_activation(mlp, outputs, inputs) for mlp in mlps), tuple(chain), tuples[0])
+
+
+def _with_activation(mlp: MLP, outputs: dict[int, Tensor], inputs: dict[int, list[Tensor]]) -> MLP:
+    """The MLP with its activation, where act(gate) * up gives the down projection's input; else with none."""
+    seen = inputs.get(id(mlp.down), [])
+    if len(seen) != 1:
+        raise InputError(
+            f"the down projection {mlp.weight} ran {len(seen)} times in one forward pass", expected="exactly once"
+        )
+    if not torch.equal(outputs[id(mlp.module)], outputs[id(mlp.down)]):
+        return mlp  # the module does more than an MLP (OPT's is the decoder layer itself): only `down` is ours
+    h = seen[0].float()
+    forms: list[tuple[nn.Module, nn.Module | None, Tensor, Tensor | None]]
+    if mlp.up is None:
+        forms = [(mlp.gate, None, outputs[id(mlp.gate)], None)]
+    elif mlp.up is mlp.gate:
+        a, b = outputs[id(mlp.gate)].chunk(2, -1)
+        forms = [(mlp.gate, mlp.up, a, b)]
+    else:
+        a, b = outputs[id(mlp.gate)], outputs[id(mlp.up)]
+        forms = [(mlp.gate, mlp.up, a, b), (mlp.up, mlp.gate, b, a)]
+    fits = []
+    for gate_module, up_module, gate, up in forms:
+        for act, function in ACTIVATIONS.items():
+            product = (function(gate) if up is None else function(gate) * up).float()
+            if product.shape == h.shape and _close(product, h, seen[0].dtype):
+                fits.append((float((product - h).abs().max()), gate_module, up_module, act))
+    if not fits:
+        return mlp
+    _, gate_module, up_module, act = min(fits, key=lambda fit: fit[0])  # the two gelus can both be close
+    return replace(mlp, gate=gate_module, up=up_module, act=act)
+
+
+def _close(ours: Tensor, theirs: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Equal up to a few roundings of the dtype, relative to the largest value."""
+    tolerance = 1e-4 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+    return bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max().clamp(min=1e-6))

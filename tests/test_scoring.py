@@ -1,0 +1,164 @@
+"""Scores against plain autograd, on every family; additive over micro-batches and over processes; memory O(L * D)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pke_fast.errors import InputError
+from pke_fast.scoring import Scores, drift, score
+from pke_fast.structure import find_structure
+from pke_fast.testing import FAMILIES, LAYERS, NEURONS, tiny_model
+
+PAD = 259
+
+
+def by_autograd(model, examples):
+    """Weight change and activation path by whole dense gradients, one example at a time, no padding."""
+    structure = find_structure(model)
+    weights = [mlp.down.weight.requires_grad_() for mlp in structure.mlps]
+    change, path = torch.zeros(LAYERS, NEURONS), torch.zeros(LAYERS, NEURONS)
+    for example in examples:
+        kept = []
+
+        def keep(_module, args, kept=kept):
+            args[0].retain_grad()
+            kept.append(args[0])
+
+        handles = [mlp.down.register_forward_pre_hook(keep) for mlp in structure.mlps]
+        loss = torch.zeros(())
+        for sequence, sign in example:
+            ids = torch.tensor([sequence.ids])
+            logits = model(input_ids=ids).logits[0, sequence.prompt_length - 1 : -1].float()
+            loss = loss + sign * F.cross_entropy(logits, ids[0, sequence.prompt_length :])
+        for handle in handles:
+            handle.remove()
+        model.zero_grad()
+        loss.backward()
+        for layer, mlp in enumerate(structure.mlps):
+            change[layer] += weights[layer].grad.norm(dim=1 - mlp.axis) / len(examples)
+        for index, h in enumerate(kept):
+            path[index % LAYERS] += (h.detach() * h.grad).abs().sum((0, 1)) / len(examples)
+    model.requires_grad_(False)
+    return change, path
+
+
+def relative(ours, truth):
+    return float((ours - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_those_of_plain_autograd(family, sequences):
+    model = tiny_model(family)
+    examples = [[(sequence, 1.0)] for sequence in sequences(7)]
+    change, path = by_autograd(model, examples)
+    for tokens in (1, 64, 10_000):  # a sequence at a time, some, all with padding
+        ours = score(find_structure(model), examples, pad_id=PAD, micro_batch_tokens=tokens)
+        assert relative(ours.weight_change, change) < 1e-5
+        assert relative(ours.activation_path, path) < 1e-5
+        assert ours.requests == 7
+
+
+def test_a_contrast_is_the_norm_of_the_difference(sequences):
+    model = tiny_model("llama")
+    a, b = sequences(4), sequences(4, seed=1)
+    examples = [[(x, 1.0), (y, -1.0)] for x, y in zip(a, b, strict=True)]
+    change, path = by_autograd(model, examples)
+    ours = score(find_structure(model), examples, pad_id=PAD, micro_batch_tokens=50)
+    assert relative(ours.weight_change, change) < 1e-5
+    assert relative(ours.activation_path, path) < 1e-5
+
+
+def test_an_unknown_activation_scores_the_same_way(sequences):
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.Softsign()
+    examples = [[(sequence, 1.0)] for sequence in sequences(5)]
+    change, path = by_autograd(model, examples)
+    structure = find_structure(model)
+    assert structure.mlps[0].act is None
+    ours = score(structure, examples, pad_id=PAD, micro_batch_tokens=64)
+    assert relative(ours.weight_change, change) < 1e-5
+    assert relative(ours.activation_path, path) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_is_near_fp32(dtype, sequences):
+    examples = [[(sequence, 1.0)] for sequence in sequences(6)]
+    half = tiny_model("llama", dtype=dtype).requires_grad_(False)
+    exact = tiny_model("llama", dtype=dtype).float().requires_grad_(False)
+    ours = score(find_structure(half), examples, pad_id=PAD, micro_batch_tokens=64)
+    truth = score(find_structure(exact), examples, pad_id=PAD, micro_batch_tokens=64)
+    eps = torch.finfo(half.dtype).eps
+    assert relative(ours.weight_change, truth.weight_change) < 8 * eps
+    assert relative(ours.activation_path, truth.activation_path) < 8 * eps
+
+
+def test_two_processes_add_up_to_one(sequences):
+    structure = find_structure(tiny_model("llama").requires_grad_(False))
+    examples = [[(sequence, 1.0)] for sequence in sequences(7)]
+    whole = score(structure, examples, pad_id=PAD, micro_batch_tokens=64)
+    parts = [score(structure, part, pad_id=PAD, micro_batch_tokens=64) for part in (examples[:3], examples[3:])]
+    total = parts[0] + parts[1]
+    assert total.requests == 7
+    torch.testing.assert_close(total.weight_change, whole.weight_change, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(total.activation_path, whole.activation_path, rtol=1e-5, atol=1e-7)
+
+
+def test_layers_below_the_first_are_not_scored_and_the_rest_are_the_same(sequences):
+    structure = find_structure(tiny_model("gpt2").requires_grad_(False))
+    examples = [[(sequence, 1.0)] for sequence in sequences(3)]
+    whole = score(structure, examples, pad_id=PAD, micro_batch_tokens=64)
+    upper = score(structure, examples, pad_id=PAD, micro_batch_tokens=64, first=2)
+    assert not upper.weight_change[:2].any()
+    assert not upper.activation_path[:2].any()
+    assert torch.equal(upper.weight_change[2], whole.weight_change[2])
+    assert torch.equal(upper.activation_path[2], whole.activation_path[2])
+    assert torch.equal(whole.layer_path, whole.activation_path.sum(1))
+
+
+def test_the_same_input_gives_the_same_bits(sequences):
+    structure = find_structure(tiny_model("qwen2").requires_grad_(False))
+    examples = [[(sequence, 1.0)] for sequence in sequences(5)]
+    first, second = (score(structure, examples, pad_id=PAD, micro_batch_tokens=40) for _ in range(2))
+    assert torch.equal(first.weight_change, second.weight_change)
+    assert torch.equal(first.activation_path, second.activation_path)
+
+
+def test_scores_that_are_not_finite_are_refused(sequences):
+    model = tiny_model("llama").requires_grad_(False)
+    structure = find_structure(model)
+    model.model.layers[2].mlp.down_proj.weight[0, 0] = torch.inf
+    with pytest.raises(InputError, match="not finite"):
+        score(structure, [[(s, 1.0)] for s in sequences(2)], pad_id=PAD, micro_batch_tokens=64)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_drift_is_each_neurons_distance(family):
+    before, after = (find_structure(tiny_model(family).requires_grad_(False)) for _ in range(2))
+    mlp = after.mlps[1]
+    column = mlp.down.weight.select(mlp.axis, 5)
+    column += 0.25
+    moved = drift(before, after)
+    wanted = torch.zeros(LAYERS, NEURONS)
+    wanted[1, 5] = 0.25 * len(column) ** 0.5
+    torch.testing.assert_close(moved, wanted, rtol=1e-5, atol=1e-7)
+    with pytest.raises(InputError, match="differ in shape"):
+        drift(before, find_structure(_narrow()))
+
+
+def _narrow():
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            old = getattr(layer.mlp, name).weight
+            new = old[:, :16] if name == "down_proj" else old[:16]
+            setattr(layer.mlp, name, nn.Linear(new.shape[1], new.shape[0], bias=False))
+    return model.requires_grad_(False)
+
+
+def test_adding_nothing_to_nothing():
+    empty = Scores(torch.zeros(1, 2), torch.zeros(1, 2), 0)
+    assert (empty + empty).requests == 0
