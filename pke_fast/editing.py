@@ -1,0 +1,314 @@
+"""The edit: gradient, Adam and in-place writes for the selected columns alone, over the layers that they reach."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pke_fast.ops  # noqa: F401  registers torch.ops.pke_fast
+from pke_fast.batches import pack
+from pke_fast.config import PKEConfig
+from pke_fast.encoding import Encoded
+from pke_fast.errors import EditError
+from pke_fast.kernels.sparse_columns import read_columns, write_columns
+from pke_fast.objective import answer_loss, locality_loss
+from pke_fast.patch import LayerPatch
+from pke_fast.structure import Structure, hooks
+from pke_fast.tape import Tape, record
+
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # Kingma & Ba 2015
+STOP_WINDOW = 4  # steps in the running means that stop an edit
+
+
+@dataclass(frozen=True)
+class Step:
+    """The losses of one step's minibatch, before its update: means over requests and over locality pairs."""
+
+    step: int
+    loss: float
+    edit: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Mean cross-entropy of the safe answers over all requests, and mean KL over all locality pairs."""
+
+    edit: float
+    kl: float
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What an edit did.
+
+    Attributes:
+        layers: old and new columns, as a patch keeps them.
+        steps: the learning curve.
+        before, after: the losses over everything, `after` with the weights in the model's own dtype.
+        stopped: why it stopped, in words.
+    """
+
+    layers: tuple[LayerPatch, ...]
+    steps: tuple[Step, ...]
+    before: Losses
+    after: Losses
+    stopped: str
+
+
+class Columns:
+    """The selected columns of one layer's down projection: [n, d] each, old values exact, the rest fp32."""
+
+    def __init__(self, structure: Structure, layer: int, neurons: Tensor) -> None:
+        self.layer, self.mlp = layer, structure.mlps[layer]
+        self.weight = structure.down_weight(layer)
+        self.neurons = neurons.to(self.weight.device)
+        self.exact = read_columns(self.weight, self.mlp.axis, self.neurons)
+        self.old = self.exact.float()
+        self.master = self.old.clone()
+        self.grad = torch.zeros_like(self.old)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the optimiser's state."""
+        self.moment1, self.moment2, self.step = torch.zeros_like(self.old), torch.zeros_like(self.old), 0
+
+    def update(self, config: PKEConfig) -> None:
+        """One step of Adam from `grad`, which is zero again after it."""
+        self.step += 1
+        bound = math.inf if config.norm_constraint is None else config.norm_constraint
+        torch.ops.pke_fast.sparse_column_update(
+            self.weight,
+            self.mlp.axis,
+            self.neurons,
+            self.old,
+            self.master,
+            self.moment1,
+            self.moment2,
+            self.grad,
+            self.step,
+            config.lr,
+            BETA1,
+            BETA2,
+            EPS,
+            config.weight_decay,
+            bound,
+        )
+        self.grad.zero_()
+
+    def restore(self) -> None:
+        write_columns(self.weight, self.mlp.axis, self.neurons, self.exact)
+
+    def patch(self) -> LayerPatch:
+        new = read_columns(self.weight, self.mlp.axis, self.neurons)
+        return LayerPatch(self.layer, self.mlp.weight, self.mlp.axis, self.neurons.cpu(), self.exact.cpu(), new.cpu())
+
+
+class _SparseTap(torch.autograd.Function):
+    """The identity on the down projection's output, whose backward adds the selected columns' gradient to `into`."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, h: Tensor, into: Tensor, anchor: Tensor) -> Tensor:
+        ctx.save_for_backward(h)
+        ctx.into = into
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (h,) = ctx.saved_tensors
+        torch.ops.pke_fast.sparse_column_grad(grads[0].flatten(0, -2), h.flatten(0, -2), ctx.into)
+        return grads[0], None, None, None
+
+
+@contextmanager
+def gradients_into(columns: Sequence[Columns]) -> Iterator[None]:
+    """While it lasts, a backward pass adds the selected columns' gradients to their `grad`."""
+    # The lowest layer's output depends on nothing that needs a gradient: the anchor does, so that its tap is visited.
+    anchor = torch.zeros((), requires_grad=True, device=columns[0].weight.device)
+
+    def tap(column: Columns) -> Any:
+        def hook(_module: Any, args: Any, out: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                return out
+            chosen = args[0].detach().index_select(-1, column.neurons)
+            return _SparseTap.apply(out, chosen, column.grad, anchor)
+
+        return hook
+
+    with hooks(*(column.mlp.down.register_forward_hook(tap(column)) for column in columns)):
+        yield
+
+
+@dataclass(frozen=True, eq=False)
+class _Minibatch:
+    """A fixed set of sequences on their tapes; for locality pairs, with the unedited model's hidden states."""
+
+    tapes: list[Tape]
+    base: list[Tensor]
+    size: int
+
+
+class Trainer:
+    """The prefix cache and the losses of one edit.
+
+    The layers below the lowest edited one run once, here; every step replays the layers above.
+
+    Args:
+        requests: prompts with their safe answers.
+        locality: benign prompts with the answers that must not move; may be empty.
+    """
+
+    def __init__(
+        self,
+        structure: Structure,
+        columns: Sequence[Columns],
+        requests: Sequence[Encoded],
+        locality: Sequence[Encoded],
+        config: PKEConfig,
+        pad_id: int,
+        advance: Callable[[int], None] = lambda _n: None,
+    ) -> None:
+        self.structure, self.columns, self.config = structure, columns, config
+        self._first = min(column.layer for column in columns)
+        self._shuffle = torch.Generator().manual_seed(config.seed)
+        self._pad_id, self._advance = pad_id, advance
+        self.requests = self._minibatches(requests, config.batch_size, base=False)
+        self.locality = self._minibatches(locality, config.locality_batch_size, base=True)
+
+    @torch.no_grad()
+    def _minibatches(self, sequences: Sequence[Encoded], size: int, base: bool) -> list[_Minibatch]:
+        order = torch.randperm(len(sequences), generator=self._shuffle).tolist()
+        minibatches = []
+        for start in range(0, len(order), size):
+            chosen = [sequences[i] for i in order[start : start + size]]
+            batches = pack(chosen, self.config.micro_batch_tokens, self._pad_id)
+            tapes = [record(self.structure, batch, self._first, upper=False) for batch in batches]
+            hidden = [tape.supervised(tape.run()) for tape in tapes] if base else []
+            minibatches.append(_Minibatch(tapes, hidden, len(chosen)))
+            self._advance(len(chosen))
+        return minibatches
+
+    def _edit_loss(self, minibatch: _Minibatch, scale: float) -> float:
+        """Mean loss of the safe answers; with gradients enabled, scale times its gradient is added up."""
+        total = 0.0
+        for tape in minibatch.tapes:
+            weights = tape.batch.answer_weights(self.config.first_token_weight)
+            loss = answer_loss(self.structure, tape.supervised(tape.run()), tape.batch, weights) / minibatch.size
+            if torch.is_grad_enabled() and scale:
+                (loss * scale).backward()
+            total += float(loss.detach())
+        return total
+
+    def _locality_loss(self, minibatch: _Minibatch, scale: float) -> float:
+        """Mean KL to the unedited model on the locality answers; with gradients enabled, likewise."""
+        total = 0.0
+        for tape, base in zip(minibatch.tapes, minibatch.base, strict=True):
+            weights = tape.batch.answer_weights(self.config.first_token_weight)
+            loss = locality_loss(self.structure, tape.supervised(tape.run()), base, weights) / minibatch.size
+            if torch.is_grad_enabled() and scale:
+                (loss * scale).backward()
+            total += float(loss.detach())
+        return total
+
+    @torch.no_grad()
+    def losses(self) -> Losses:
+        """The losses over all requests and all locality pairs, with the weights as they are."""
+        return Losses(
+            _mean([(self._edit_loss(m, 0.0), m.size) for m in self.requests]),
+            _mean([(self._locality_loss(m, 0.0), m.size) for m in self.locality]),
+        )
+
+    def step(self, number: int, *, kl_gradient: bool = True) -> Step:
+        """One optimiser step on the next minibatch of requests and of locality pairs.
+
+        Args:
+            number: 0 for the first step; decides which minibatches are next.
+            kl_gradient: False computes the KL without letting it pull (dinm-parity).
+
+        Raises:
+            EditError: the loss or a gradient isn't finite; the weights are as before this step.
+        """
+        config = self.config
+        with torch.enable_grad(), gradients_into(self.columns):
+            edit = self._edit_loss(self._next(self.requests, number), config.w_edit)
+            kl = 0.0
+            if self.locality and config.w_kl:
+                with torch.set_grad_enabled(kl_gradient):
+                    kl = self._locality_loss(self._next(self.locality, number), config.w_kl)
+        loss = config.w_edit * edit + config.w_kl * kl
+        if not math.isfinite(loss) or not all(bool(torch.isfinite(column.grad).all()) for column in self.columns):
+            raise EditError(
+                f"the loss became {loss} at step {number + 1}; the weights were put back",
+                do="lower lr (--set lr=...), or load the model in fp32 or bf16",
+            )
+        for column in self.columns:
+            column.update(config)
+        return Step(number + 1, loss, edit, kl)
+
+    def _next(self, minibatches: list[_Minibatch], number: int) -> _Minibatch:
+        return minibatches[number % len(minibatches)]
+
+
+def _good_enough(recent: Sequence[Step], config: PKEConfig) -> bool:
+    edit, kl = (sum(values) / STOP_WINDOW for values in ([s.edit for s in recent], [s.kl for s in recent]))
+    return len(recent) == STOP_WINDOW and edit < config.stop_loss and kl < config.stop_kl
+
+
+def _mean(values: Sequence[tuple[float, int]]) -> float:
+    return sum(value * size for value, size in values) / max(1, sum(size for _, size in values))
+
+
+@contextmanager
+def put_back_on_failure(columns: Sequence[Columns]) -> Iterator[None]:
+    """An exception inside, Ctrl-C too, leaves the weights as they were before."""
+    try:
+        yield
+    except BaseException:
+        for column in columns:
+            column.restore()
+        raise
+
+
+def edit_columns(
+    structure: Structure,
+    hot_spots: Mapping[int, Tensor],
+    requests: Sequence[Encoded],
+    locality: Sequence[Encoded],
+    config: PKEConfig,
+    *,
+    pad_id: int,
+    stage: Callable[[str, int], Any],
+) -> Outcome:
+    """Changes the hot spots' columns in place until the safe answers are likely, holding the locality answers.
+
+    Args:
+        hot_spots: by layer, the neurons to change, int64 ascending.
+        stage: `Stages.stage`.
+
+    Raises:
+        EditError: a loss became NaN. The weights are then as they were, as after any other exception.
+    """
+    columns = [Columns(structure, layer, neurons) for layer, neurons in sorted(hot_spots.items())]
+    with put_back_on_failure(columns):
+        with stage("Running the layers below, once", len(requests) + len(locality)) as advance:
+            trainer = Trainer(structure, columns, requests, locality, config, pad_id, advance)
+        with stage("Measuring the losses before", 1):
+            before = trainer.losses()
+        steps: list[Step] = []
+        stopped = f"all {config.num_steps} steps were made"
+        with stage("Editing the hot spots", config.num_steps) as advance:
+            for number in range(config.num_steps):
+                steps.append(trainer.step(number))
+                advance(1)
+                if _good_enough(steps[-STOP_WINDOW:], config):
+                    stopped = f"over {STOP_WINDOW} steps, the losses fell below stop_loss and stop_kl"
+                    break
+        with stage("Measuring the losses after", 1):
+            after = trainer.losses()
+    return Outcome(tuple(column.patch() for column in columns), tuple(steps), before, after, stopped)

@@ -1,0 +1,172 @@
+"""The edit: its gradient is the dense one's, it changes the hot spots alone, it repeats, and it undoes itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pke_fast.kernels.sparse_columns import read_columns
+
+from pke_fast import editing
+from pke_fast.config import PKEConfig
+from pke_fast.editing import Columns, Trainer, edit_columns
+from pke_fast.errors import EditError
+from pke_fast.stages import Stages
+from pke_fast.structure import find_structure
+from pke_fast.testing import FAMILIES, NEURONS, tiny_model
+
+PAD = 259
+HOT_SPOTS = {1: torch.tensor([1, 5, 7, 30]), 2: torch.tensor([0, NEURONS - 1])}
+CONFIG = PKEConfig(
+    num_steps=8, batch_size=3, locality_batch_size=4, lr=1e-2, stop_loss=0.0, w_kl=2.0, micro_batch_tokens=64
+)
+
+
+def edited(family, sequences, dtype="fp32", config=CONFIG, hot_spots=HOT_SPOTS):
+    model = tiny_model(family, dtype=dtype).requires_grad_(False)
+    outcome = edit_columns(
+        find_structure(model), hot_spots, sequences(6), sequences(9, seed=1), config, pad_id=PAD, stage=Stages().stage
+    )
+    return model, outcome
+
+
+def dense_gradient(model, requests, locality, base, config):
+    """The gradient of the whole loss for every down projection, by the model's own forward, one sequence at a time."""
+    structure = find_structure(model)
+    weights = [mlp.down.weight.requires_grad_() for mlp in structure.mlps]
+    loss = torch.zeros(())
+    for sequence in requests:
+        ids = torch.tensor([sequence.ids])
+        logits = model(input_ids=ids).logits[0, sequence.prompt_length - 1 : -1]
+        weight = torch.ones(sequence.answer_length)
+        weight[0] = config.first_token_weight
+        ce = F.cross_entropy(logits, ids[0, sequence.prompt_length :], reduction="none")
+        loss = loss + config.w_edit * (ce * weight / weight.sum()).sum() / len(requests)
+    for sequence in locality:
+        ids = torch.tensor([sequence.ids])
+        sides = [m(input_ids=ids).logits[0, sequence.prompt_length - 1 : -1].log_softmax(-1) for m in (model, base)]
+        weight = torch.ones(sequence.answer_length)
+        weight[0] = config.first_token_weight
+        kl = F.kl_div(*sides, log_target=True, reduction="none").sum(-1)
+        loss = loss + config.w_kl * (kl * weight / weight.sum()).sum() / len(locality)
+    loss.backward()
+    model.requires_grad_(False)
+    return [weight.grad for weight in weights]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_sparse_gradient_is_the_dense_ones(family, sequences):
+    config = CONFIG.replace(batch_size=6, locality_batch_size=9, first_token_weight=3.0)
+    model, base = (tiny_model(family).requires_grad_(False) for _ in range(2))
+    requests, locality = sequences(6), sequences(9, seed=1)
+    structure = find_structure(model)
+    columns = [Columns(structure, layer, neurons) for layer, neurons in HOT_SPOTS.items()]
+    trainer = Trainer(structure, columns, requests, locality, config, PAD)
+    for column in columns:  # away from the base model, where the KL's gradient is zero
+        noise = torch.randn(column.old.shape, generator=torch.Generator().manual_seed(column.layer)) * 0.3
+        editing.write_columns(column.weight, column.mlp.axis, column.neurons, column.old + noise)
+    kept = []
+    for column in columns:
+        column.update = lambda _config, column=column: kept.append(column.grad.clone())
+    step = trainer.step(0)
+    dense = dense_gradient(model, requests, locality, base, config)
+    for column, ours in zip(columns, kept, strict=True):
+        truth = read_columns(dense[column.layer], column.mlp.axis, column.neurons)
+        assert float((ours - truth).norm() / truth.norm()) < 1e-5
+    assert step.loss == pytest.approx(config.w_edit * step.edit + config.w_kl * step.kl)
+    assert step.kl > 0
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_hot_spots_change_and_nothing_else(family, dtype, sequences):
+    model, outcome = edited(family, sequences, dtype)
+    untouched = tiny_model(family, dtype=dtype)
+    for (name, new), (_, old) in zip(model.named_parameters(), untouched.named_parameters(), strict=True):
+        parts = [part for part in outcome.layers if part.weight == name]
+        if not parts:
+            assert torch.equal(new, old), name
+            continue
+        (part,) = parts
+        expected = old.detach().clone()
+        expected.index_copy_(part.axis, part.neurons, part.new.T if part.axis == 1 else part.new)
+        assert torch.equal(new, expected)
+        assert torch.equal(read_columns(old.detach(), part.axis, part.neurons), part.old)
+        assert (part.new != part.old).any(1).all()  # every hot spot moved
+    assert outcome.after.edit < outcome.before.edit
+    assert outcome.before.kl == pytest.approx(0, abs=1e-6)
+    assert outcome.after.kl > 0
+    assert [step.step for step in outcome.steps] == list(range(1, 9))
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(sequences):
+    first, second, other = (
+        edited("qwen2", sequences, config=config)[1] for config in (CONFIG, CONFIG, CONFIG.replace(seed=1))
+    )
+    assert all(torch.equal(a.new, b.new) for a, b in zip(first.layers, second.layers, strict=True))
+    assert not all(torch.equal(a.new, b.new) for a, b in zip(first.layers, other.layers, strict=True))
+    assert first.steps == second.steps
+
+
+def test_micro_batches_of_any_size_give_the_same_edit(sequences):
+    outcomes = [edited("llama", sequences, config=CONFIG.replace(micro_batch_tokens=n))[1] for n in (1, 50, 10_000)]
+    for other in outcomes[1:]:
+        for ours, theirs in zip(outcomes[0].steps, other.steps, strict=True):
+            assert ours.loss == pytest.approx(theirs.loss, rel=1e-4)
+        for a, b in zip(outcomes[0].layers, other.layers, strict=True):
+            change = a.new - a.old
+            assert float((change - (b.new - b.old)).norm() / change.norm()) < 1e-3
+
+
+def test_it_stops_when_the_safe_answers_are_likely(sequences):
+    _, outcome = edited(
+        "llama",
+        sequences,
+        config=CONFIG.replace(num_steps=400, lr=5e-2, stop_loss=0.5, w_kl=0.0, k=1),
+        hot_spots={1: torch.arange(NEURONS), 2: torch.arange(NEURONS)},
+    )
+    assert len(outcome.steps) < 400
+    assert outcome.after.edit < 0.6
+    assert "stop_loss" in outcome.stopped
+
+
+def test_the_norm_constraint_bounds_every_weights_move(sequences):
+    _, outcome = edited("llama", sequences, config=CONFIG.replace(norm_constraint=0.015625))
+    for part in outcome.layers:
+        assert float((part.new - part.old).abs().max()) <= 0.015625 * (1 + 1e-5)
+
+
+def test_a_loss_that_becomes_nan_stops_and_puts_the_weights_back(sequences):
+    model = tiny_model("llama", dtype="fp16").requires_grad_(False)
+    with pytest.raises(EditError, match=r"(nan|inf) at step \d+; the weights were put back"):
+        edit_columns(
+            find_structure(model),
+            HOT_SPOTS,
+            sequences(6),
+            sequences(9, seed=1),
+            CONFIG.replace(lr=1e6, num_steps=50),
+            pad_id=PAD,
+            stage=Stages().stage,
+        )
+    assert unchanged(model, "fp16")
+
+
+@pytest.mark.parametrize("when", [0, 3])
+def test_ctrl_c_puts_the_weights_back(when, sequences, monkeypatch):
+    model = tiny_model("llama").requires_grad_(False)
+    step = Trainer.step
+
+    def interrupted(self, number, **kwargs):
+        if number == when:
+            raise KeyboardInterrupt
+        return step(self, number, **kwargs)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        edit_columns(find_structure(model), HOT_SPOTS, sequences(6), [], CONFIG, pad_id=PAD, stage=Stages().stage)
+    assert unchanged(model)
+
+
+def unchanged(model, dtype="fp32"):
+    original = tiny_model("llama", dtype=dtype)
+    return all(torch.equal(a, b) for a, b in zip(model.parameters(), original.parameters(), strict=True))
