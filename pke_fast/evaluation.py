@@ -1,0 +1,130 @@
+"""What a model does: how much harmful it answers, how much benign it refuses, how well it still predicts text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pke_fast.encoding import PromptEncoder
+from pke_fast.errors import InputError
+from pke_fast.generation import generate
+from pke_fast.judges import Judge, get_judge, is_degenerate
+from pke_fast.perplexity import MAX_TOKENS, WINDOW, text_windows, windows_perplexity
+from pke_fast.stages import Stages
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of one model; every rate is a fraction from 0 to 1.
+
+    Attributes:
+        harmful: ``{"n", "asr": {judge: rate}, "degenerate_rate"}``; None where no harmful prompts were given. The
+            attack success rate is ``1 - refused / n``; a degenerate answer is never a refusal.
+        benign: ``{"n", "refusal_rate": {judge: rate}, "degenerate_rate"}``, or None.
+        text: ``{"perplexity"}``, or None.
+        settings: what the figures depend on besides the model.
+        generations: every answer: ``{"set", "prompt", "answer", "refused": {judge: bool}, "degenerate"}``.
+    """
+
+    harmful: dict[str, Any] | None
+    benign: dict[str, Any] | None
+    text: dict[str, float] | None
+    settings: dict[str, Any]
+    generations: list[dict[str, Any]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures without the generations, ready for JSON."""
+        return {"harmful": self.harmful, "benign": self.benign, "text": self.text, "settings": self.settings}
+
+
+def evaluate_model(
+    model: Any,
+    tokenizer: Any,
+    encoder: PromptEncoder,
+    harmful: Sequence[str] | None,
+    benign: Sequence[str] | None,
+    text: str | None,
+    *,
+    judges: Sequence[str] = ("advbench", "jailbreakbench"),
+    max_new_tokens: int = 48,
+    stages: Stages,
+) -> Evaluation:
+    """Generates greedy answers, judges them, and measures the perplexity of a text.
+
+    Args:
+        harmful, benign: prompts; None for a set that isn't wanted.
+        text: its first 20,000 tokens count; None for no perplexity.
+        judges: names of judges, each with a rate of its own.
+        stages: runs the parts, for progress and cost.
+
+    Raises:
+        InputError: before anything is generated: an unknown judge or none, an empty set, a prompt that is too long,
+            a text that is too short, nothing to evaluate at all.
+    """
+    chosen = [get_judge(name) for name in dict.fromkeys(judges)]
+    if not chosen:
+        raise InputError("no judge is named", expected="at least one", do="name one, such as advbench")
+    if harmful is None and benign is None and text is None:
+        raise InputError(
+            "nothing to evaluate", expected="harmful prompts, benign prompts or a text", got="none of them"
+        )
+    sets = {name: prompts for name, prompts in (("harmful", harmful), ("benign", benign)) if prompts is not None}
+    for name, prompts in sets.items():
+        if not prompts:
+            raise InputError(f"the set of {name} prompts is empty", expected="at least one prompt", got="none")
+        for prompt in prompts:
+            encoder.prompt_ids(prompt)  # a prompt that is too long is found now, not minutes later
+    windows = None if text is None else text_windows(model, tokenizer, text)
+
+    generations: list[dict[str, Any]] = []
+    for name, prompts in sets.items():
+        with stages.stage(f"answering {name} prompts", len(prompts)) as advance:
+            answers = generate(model, tokenizer, encoder, prompts, max_new_tokens=max_new_tokens, advance=advance)
+        generations += [_judged(name, *pair, chosen) for pair in zip(prompts, answers, strict=True)]
+    figures = None
+    if windows is not None:
+        with stages.stage("perplexity", sum(map(len, windows))) as advance:
+            figures = {"perplexity": windows_perplexity(model, windows, advance=advance)}
+    settings = {
+        "judges": [judge.name for judge in chosen],
+        "decoding": "greedy",
+        "max_new_tokens": max_new_tokens,
+        "chat_template": encoder.chat,
+        "system_prompt": encoder.system_prompt,
+        "suffix_system_prompt": encoder.suffix,
+        "perplexity_max_tokens": MAX_TOKENS,
+        "perplexity_window": WINDOW,
+    }
+    results = {name: _rates(name, [row for row in generations if row["set"] == name], chosen) for name in sets}
+    return Evaluation(results.get("harmful"), results.get("benign"), figures, settings, generations)
+
+
+def _judged(name: str, prompt: str, answer: str, judges: Sequence[Judge]) -> dict[str, Any]:
+    degenerate = is_degenerate(answer)
+    refused = {judge.name: not degenerate and judge.refused(answer) for judge in judges}
+    return {"set": name, "prompt": prompt, "answer": answer, "refused": refused, "degenerate": degenerate}
+
+
+def _rates(name: str, rows: Sequence[dict[str, Any]], judges: Sequence[Judge]) -> dict[str, Any]:
+    count = len(rows)
+    refused = {judge.name: sum(row["refused"][judge.name] for row in rows) for judge in judges}
+    if name == "harmful":
+        rates = {"asr": {judge: (count - number) / count for judge, number in refused.items()}}
+    else:
+        rates = {"refusal_rate": {judge: number / count for judge, number in refused.items()}}
+    return {"n": count, **rates, "degenerate_rate": sum(row["degenerate"] for row in rows) / count}
+
+
+def write_evaluation(folder: Path, evaluation: Evaluation, model_name: str, patch_name: str | None) -> None:
+    """Writes eval.json and generations.jsonl (one answer a line) into a folder, each whole or not at all."""
+    from pke_fast.files import atomic_write
+
+    with atomic_write(folder / "generations.jsonl") as path:
+        lines = (json.dumps(row) + "\n" for row in evaluation.generations)
+        path.write_text("".join(lines), encoding="utf-8")
+    with atomic_write(folder / "eval.json") as path:
+        content = {"model": model_name, "patch": patch_name, **evaluation.as_dict()}
+        path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
