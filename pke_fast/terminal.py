@@ -1,0 +1,306 @@
+"""What a run shows on the terminal. Texts of models and files are never read as markup or control codes."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from pke_fast.report import redacted
+from pke_fast.wording import by_group, commands, comparison, duration, number, percent, size, summary
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pke_fast.wording import Measure
+
+_LINES = 4  # of an answer; the report has it whole
+_WIDEST = 120
+_DIRECTION_MARKS = dict.fromkeys(
+    (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+)  # they can reorder what is around them
+_ASCII = str.maketrans({"–": "-", "→": "->", "…": "...", "█": "#", "│": "|"})
+_VERDICTS = {"better": "green", "worse": "red", "same": "dim"}
+
+
+def edit_summary(console: Console, report: Mapping[str, Any], folder: Path, *, redact: bool = False) -> None:
+    """All that an edit found out, in the order in which one asks; warnings come last, where they are seen."""
+    _heading(console, "Done")
+    _print(console, summary(report), indent=2)
+    evaluated = report.get("evaluation")
+    if evaluated:
+        before_after(console, evaluated["before"], evaluated["after"])
+    elif report.get("losses"):
+        losses(console, report["losses"])
+    answers(console, report.get("samples") or [], redact=redact)
+    hot_spots(console, report)
+    stages(console, report.get("stages") or [])
+    files(console, folder, report.get("files") or {})
+    next_steps(console, report["model"]["name"], folder)
+    warnings(console, report.get("warnings") or [])
+
+
+def before_after(console: Console, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """A table of two evaluations (dicts as in eval.json)."""
+    _measures(console, "Before and after (less is better)", comparison(before, after), both=True)
+
+
+def evaluation(console: Console, figures: Mapping[str, Any]) -> None:
+    """A table of one evaluation (a dict as in eval.json)."""
+    _measures(console, "Evaluation (less is better)", comparison(figures, figures), both=False)
+
+
+def losses(console: Console, found: Mapping[str, Any]) -> None:
+    """The losses over all requests before and after, and why the edit stopped."""
+    _heading(console, "Losses in nats per token")
+    table = _table(("", "left"), ("before", "right"), ("after", "right"))
+    for key, label in (("edit", "safe answers"), ("kl", "KL on harmless prompts")):
+        values = [_text(console, number(found[side][key])) for side in ("before", "after")]
+        table.add_row(label, *values)
+    _show(console, table)
+    if found.get("stopped"):
+        _print(console, f"Stopped: {found['stopped']}", indent=2, style="dim")
+
+
+def answers(console: Console, samples: Sequence[Mapping[str, Any]], *, redact: bool = False, per_kind: int = 3) -> None:
+    """Prompts with their answers before and after, side by side, long ones cut; a content warning comes first."""
+    samples = redacted(samples, redact)
+    kinds = {
+        "Harmful prompts": [sample for sample in samples if sample["kind"] != "benign"][:per_kind],
+        "Harmless prompts": [sample for sample in samples if sample["kind"] == "benign"][:per_kind],
+    }
+    for title, shown in kinds.items():
+        if not shown:
+            continue
+        _heading(console, f"{title}: answers before (left) and after (right)")
+        if title == "Harmful prompts":
+            what = "harmful requests" if redact else "harmful requests and answers to them"
+            _print(console, f"Content warning: {what} follow.", indent=2, style="bold yellow")
+        for sample in shown:
+            console.print()
+            _print(console, _one_line(sample["prompt"]), indent=2, style="bold")
+            width = _half(console)
+            before, after = (_wrapped(console, _one_line(sample[side]), width, _LINES) for side in ("before", "after"))
+            _side_by_side(console, before, after)
+
+
+def exchange(console: Console, prompt: str, before: str, after: str | None = None) -> None:
+    """One prompt with its answer, or with both answers side by side, whole."""
+    console.print()
+    _print(console, prompt, style="bold")
+    if after is None:
+        _print(console, before.strip() or "(empty)", indent=2)
+        return
+    _side_by_side(console, [Text("before")], [Text("after")], style="dim")
+    width = _half(console)
+    _side_by_side(console, _wrapped(console, before, width), _wrapped(console, after, width))
+
+
+def hot_spots(console: Console, report: Mapping[str, Any]) -> None:
+    """Bars of how many hot spots each layer has, the uppermost layer first."""
+    hot = report["hot_spots"]
+    counts = {int(layer): int(count) for layer, count in hot["by_layer"].items() if count}
+    _heading(console, "Hot spots by layer")
+    low, end = hot["window"]
+    where = f"layer {low}" if end - low == 1 else f"layers {low} to {end - 1}"
+    _print(console, f"{hot['k']:,} neurons, sought in {where}", indent=2, style="dim")
+    if not counts:
+        return
+    longest = min(60, max(10, console.width - 24))
+    for layer in range(max(counts), min(counts) - 1, -1):
+        count = counts.get(layer, 0)
+        bar = "█" * max(1 if count else 0, round(longest * count / max(counts.values())))
+        line = Text.assemble(f"  {layer:>4}  ", (_shown(console, bar), "cyan"), f" {count:,}")
+        console.print(line, no_wrap=True, overflow="ignore", crop=False)
+
+
+def stages(console: Console, done: Sequence[Mapping[str, Any]]) -> None:
+    """Seconds and peak memory of each stage."""
+    if not done:
+        return
+    _heading(console, "Time and memory")
+    table = _table(("", "left"), ("time", "right"), ("peak memory", "right"), ("over the model", "right"))
+    for stage in done:
+        cells = (stage["name"], duration(stage["seconds"]), size(stage["peak_bytes"]), size(stage["over_bytes"]))
+        table.add_row(*(_text(console, cell) for cell in cells))
+    table.add_section()
+    peaks = [[stage[key] for stage in done if stage[key] is not None] for key in ("peak_bytes", "over_bytes")]
+    total = (duration(sum(stage["seconds"] for stage in done)), *(size(max(peak, default=None)) for peak in peaks))
+    table.add_row("all", *(_text(console, cell) for cell in total), style="bold")
+    _show(console, table)
+
+
+def files(console: Console, folder: Path, written: Mapping[str, str]) -> None:
+    """The files written, and what each is."""
+    if not written:
+        return
+    _heading(console, "Files")
+    _print(console, str(folder), indent=2, style="bold", soft_wrap=True)
+    _pairs(console, written, indent=4)
+
+
+def warnings(console: Console, messages: Sequence[str]) -> None:
+    """Warnings, loudly."""
+    for message in messages:
+        console.print()
+        _print(console, f"WARNING: {message}", style="bold red")
+
+
+def next_steps(console: Console, model: str, folder: Path) -> None:
+    """What to do with the patch, and how to do the same with another model; commands aren't broken into lines."""
+    _heading(console, "Use it")
+    for what, command in commands(model, str(Path(folder) / "patch.safetensors")):
+        _command(console, what, command)
+    _heading(console, "The same with your own model and requests")
+    _command(
+        console,
+        'MODEL: a hub id, a local folder or a .gguf file; FILE: lines of {"prompt": ...}, a CSV or plain text',
+        "pke-fast edit --model MODEL --requests FILE --out DIR",
+    )
+
+
+def facts(console: Console, title: str, found: Mapping[str, Any]) -> None:
+    """Labels and values under a title."""
+    _heading(console, title)
+    _pairs(console, found, indent=2)
+
+
+def patch(console: Console, description: Mapping[str, Any]) -> None:
+    """What a patch is (`Patch.describe`)."""
+    base, found = description.get("base") or {}, description.get("losses") or {}
+    known = {key: description.get(key) for key in ("method", "neurons", "dtype", "created")}
+    known |= {"base": base.get("name"), "fingerprint": base.get("fingerprint")}
+    facts(console, "Patch", {key: value for key, value in known.items() if value is not None})
+    _heading(console, "By layer")
+    table = _table(("layer", "right"), ("weight", "left"), ("neurons", "right"), ("change", "right"))
+    for part in description["layers"]:
+        cells = (part["layer"], part["weight"], f"{part['neurons']:,}", percent(part["relative_change"]))
+        table.add_row(*(_text(console, cell) for cell in cells))
+    _show(console, table)
+    if found.get("before") and found.get("after"):
+        losses(console, found)
+
+
+def doctor(console: Console, found: Mapping[str, Any]) -> None:
+    """What is installed, what would run and what is missing."""
+    flat = {key: value for key, value in found.items() if not isinstance(value, Mapping)}
+    facts(console, "This machine", flat)
+    for title, nested in found.items():
+        if isinstance(nested, Mapping):
+            facts(console, title.capitalize(), nested)
+
+
+def _measures(console: Console, title: str, lines: Sequence[Measure], both: bool) -> None:
+    _heading(console, title)
+    ends = [("before", "right"), ("after", "right"), ("change", "right")] if both else [("", "right")]
+    table = _table(("", "left"), *ends)
+    for group, members in by_group(lines).items():
+        count = members[0].prompts
+        table.add_row(Text(f"{group} ({count:,})" if count else group, style="bold"))
+        for line in members:
+            cells = [_text(console, f"  {line.name}"), _text(console, line.text(line.before))]
+            if both:
+                cells.append(_text(console, line.text(line.after), style="bold"))
+                cells.append(_text(console, line.change_text, style=_VERDICTS[line.verdict]))
+            table.add_row(*cells)
+    _show(console, table)
+
+
+def _heading(console: Console, title: str) -> None:
+    console.print()
+    _print(console, title, style="bold cyan")
+
+
+def _table(*columns: tuple[str, str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, header_style="dim", pad_edge=True)
+    for title, side in columns:
+        table.add_column(title, justify="left" if side == "left" else "right", overflow="fold")
+    return table
+
+
+def _show(console: Console, table: Table, indent: int = 1) -> None:
+    console.print(Padding(table, (0, 0, 0, indent), expand=False))
+
+
+def _pairs(console: Console, found: Mapping[str, Any], indent: int) -> None:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", overflow="fold")
+    table.add_column(overflow="fold")
+    for key, value in found.items():
+        table.add_row(_text(console, key), _text(console, _value(value)))
+    _show(console, table, indent)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_value(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_value(item) for item in value) or "none"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _command(console: Console, what: str, command: str) -> None:
+    _print(console, what, indent=2, style="dim")
+    _print(console, command, indent=4, soft_wrap=True)
+
+
+def _print(console: Console, text: str, *, indent: int = 0, style: str = "", soft_wrap: bool = False) -> None:
+    """A text; with `soft_wrap` the terminal breaks it, so that it can be copied whole."""
+    if soft_wrap:
+        console.print(Text(" " * indent).append_text(_text(console, text, style=style)), soft_wrap=True)
+    else:
+        width = max(20, min(console.width, _WIDEST) - indent)
+        for line in _text(console, text).wrap(console, width):
+            line.rstrip()
+            console.print(Text.assemble(" " * indent, (line.plain, style)), no_wrap=True, overflow="ignore", crop=False)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(str(text).split()) or "(empty)"
+
+
+def _half(console: Console) -> int:
+    return max(8, (min(console.width, _WIDEST) - 7) // 2)
+
+
+def _wrapped(console: Console, text: str, width: int, most: int | None = None) -> list[Text]:
+    """A text as lines of that width; of too many lines the rest is cut off, and an ellipsis says so."""
+    lines = list(_text(console, text.strip() or "(empty)").wrap(console, width))
+    if most is None or len(lines) <= most:
+        return lines
+    ellipsis = _shown(console, " …")
+    last = lines[most - 1]
+    last.rstrip()
+    last.truncate(width - len(ellipsis))
+    return [*lines[: most - 1], last.append(ellipsis)]
+
+
+def _side_by_side(console: Console, left: Sequence[Text], right: Sequence[Text], style: str = "") -> None:
+    width, bar = _half(console), _shown(console, " │ ")
+    for index in range(max(len(left), len(right))):
+        first, second = (side[index].copy() if index < len(side) else Text() for side in (left, right))
+        first.rstrip()
+        second.rstrip()
+        first.pad_right(width - first.cell_len)
+        line = Text.assemble("    ", first, (bar, "dim"), second, style=style)
+        line.rstrip()
+        console.print(line, no_wrap=True, overflow="ignore", crop=False)
+
+
+def _text(console: Console, value: object, style: str = "") -> Text:
+    """Untrusted text for a console: no markup is read in it, and it holds nothing that steers a terminal."""
+    return Text(_shown(console, str(value)), style=style)
+
+
+def _shown(console: Console, text: str) -> str:
+    text = text.translate(_DIRECTION_MARKS).expandtabs(4)
+    text = "".join(c for c in text if c == "\n" or unicodedata.category(c) not in ("Cc", "Cs"))
+    if console.options.ascii_only:
+        text = text.translate(_ASCII)
+    return text.encode(console.encoding, "replace").decode(console.encoding)

@@ -1,0 +1,157 @@
+"""Figures and results in words, the same in the report and on the terminal."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_NOTABLE = 0.01  # a change of less than 1 point, or 1 % of a perplexity, is neither better nor worse
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One line of the table before/after. Of every measure, less is better.
+
+    Attributes:
+        group: whose measure: harmful prompts, harmless prompts, plain text.
+        before, after: a fraction from 0 to 1 if `prompts` is a number, else a perplexity; None: not measured.
+        prompts: number of prompts that the rate is of.
+    """
+
+    group: str
+    name: str
+    before: float | None
+    after: float | None
+    prompts: int | None = None
+
+    def text(self, value: float | None) -> str:
+        if value is None:
+            return "–"
+        return f"{value:,.2f}" if self.prompts is None else percent(value)
+
+    def count(self, value: float | None) -> str:
+        if value is None or self.prompts is None:
+            return ""
+        return f"{round(value * self.prompts):,} of {self.prompts:,}"
+
+    @property
+    def change(self) -> float | None:
+        """After less before: of rates as a fraction, of perplexities relative to before."""
+        if self.before is None or self.after is None:
+            return None
+        difference = self.after - self.before
+        return difference if self.prompts is not None else difference / self.before if self.before else None
+
+    @property
+    def change_text(self) -> str:
+        if self.change is None:
+            return ""
+        unit = "%" if self.prompts is None else "points"
+        return f"{100 * self.change:+.{1 if self.prompts else 2}f} {unit}" if self.change else f"0 {unit}"
+
+    @property
+    def verdict(self) -> str:
+        if self.change is None or abs(self.change) < _NOTABLE:
+            return "same"
+        return "better" if self.change < 0 else "worse"
+
+
+def comparison(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Measure]:
+    """The lines of the table before/after, from two dicts as in eval.json. What neither measured is left out."""
+    lines: list[Measure] = []
+    parts = (("harmful", "harmful prompts", "asr", "attack success rate"),
+             ("benign", "harmless prompts", "refusal_rate", "refused"))  # fmt: skip
+    for key, group, rates, name in parts:
+        old, new = before.get(key) or {}, after.get(key) or {}
+        count = old.get("n") or new.get("n") or 0
+        if not count:
+            continue
+        for judge in {**(old.get(rates) or {}), **(new.get(rates) or {})}:
+            first, second = ((side.get(rates) or {}).get(judge) for side in (old, new))
+            lines.append(Measure(group, f"{name}, judge {judge}", first, second, count))
+        first, second = old.get("degenerate_rate"), new.get("degenerate_rate")
+        lines.append(Measure(group, "degenerate (empty or looping)", first, second, count))
+    first, second = ((side.get("text") or {}).get("perplexity") for side in (before, after))
+    lines.append(Measure("plain text", "perplexity", first, second))
+    return [line for line in lines if line.before is not None or line.after is not None]
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """What happened, in one sentence."""
+    model, hot, data = report["model"], report["hot_spots"], report.get("evaluation")
+    total = model["layers"] * model["neurons_per_layer"]
+    layers = sorted(int(layer) for layer, count in hot["by_layer"].items() if count)
+    where = (
+        f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}" if layers else "no layer"
+    )
+    text = (
+        f"{hot['k']:,} of {total:,} MLP neurons ({percent(hot['share'], 2)}) of {model['name']} were edited, in {where}"
+    )
+    if data:
+        for line in headlines(comparison(data["before"], data["after"])):
+            where = f" {_SHORT[line.group]} {line.prompts:,} {line.group}" if line.prompts else " perplexity"
+            text += f";{where} went from {line.text(line.before)} to {line.text(line.after)}"
+    elif report.get("losses"):
+        losses = report["losses"]
+        text += f"; the loss of the safe answers went from {number(losses['before']['edit'])}"
+        text += f" to {number(losses['after']['edit'])} nats per token; nothing was evaluated"
+    return text + "."
+
+
+def by_group(lines: Sequence[Measure]) -> dict[str, list[Measure]]:
+    groups: dict[str, list[Measure]] = {}
+    for line in lines:
+        groups.setdefault(line.group, []).append(line)
+    return groups
+
+
+_SHORT = {"harmful prompts": "attack success on", "harmless prompts": "refusals of"}
+
+
+def headlines(lines: Sequence[Measure]) -> list[Measure]:
+    """The first line of each group: the first judge's rates, and the perplexity."""
+    return [group[0] for group in by_group(lines).values()]
+
+
+def percent(fraction: float | None, digits: int = 1) -> str:
+    return "–" if fraction is None else f"{100 * fraction:.{digits}f} %"
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, or all digits before the point."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if value == 0 or abs(value) >= 100 else f"{value:#.3g}"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 0.05:
+        return "< 0.1 s"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def size(count: int | None) -> str:
+    if count is None:
+        return "–"
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def commands(model: str, patch: str) -> list[tuple[str, str]]:
+    """What to do with a patch on the command line: (what for, command)."""
+    name, file = shlex.quote(model), shlex.quote(patch)
+    return [
+        ("Compare answers before and after", f"pke-fast chat --model {name} --patch {file}"),
+        (
+            "Write an edited copy of a checkpoint folder",
+            f"pke-fast apply --model MODEL_DIR --patch {file} --out EDITED_DIR",
+        ),
+        ("Undo it, exact to the bit", f"pke-fast revert --model EDITED_DIR --patch {file} --out RESTORED_DIR"),
+    ]
