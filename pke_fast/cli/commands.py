@@ -1,0 +1,277 @@
+"""What each command does: read, call the engine, write, print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pke_fast import terminal
+from pke_fast.config import PKEConfig, load_config
+from pke_fast.errors import InputError
+from pke_fast.files import atomic_folder, check_output_folder
+from pke_fast.loading import LoadedModel, load_model
+from pke_fast.report import as_json
+from pke_fast.requests import EditRequest, Pair, read_pairs, read_prompts, read_requests
+from pke_fast.stages import Stages
+
+
+def console_of(options: Namespace) -> Console:
+    """Where tables go: standard output, or standard error where that is for JSON."""
+    return Console(stderr=bool(getattr(options, "json", False)))
+
+
+def finish(options: Namespace, summary: dict[str, Any]) -> None:
+    """The summary as JSON, if it was asked for."""
+    if options.json:
+        json.dump(summary, sys.stdout, indent=1)
+        sys.stdout.write("\n")
+
+
+def settings_of(options: Namespace) -> PKEConfig:
+    config = load_config(options.config, options.set)
+    seed = getattr(options, "seed", None)
+    return config if seed is None else config.replace(seed=seed)
+
+
+def _inputs(options: Namespace) -> tuple[list[EditRequest], list[Pair] | None]:
+    requests = read_requests(options.requests, options.limit)
+    return requests, read_pairs(options.locality, options.limit) if options.locality else None
+
+
+def _load(options: Namespace, stages: Stages | None = None) -> LoadedModel:
+    return load_model(options.model, options.device, options.dtype, stages=stages)
+
+
+def _fitted(options: Namespace, loaded: LoadedModel, config: PKEConfig) -> PKEConfig:
+    if not options.memory_budget:
+        return config
+    from pke_fast.budget import parse_bytes, within_budget
+    from pke_fast.structure import find_structure
+
+    return within_budget(find_structure(loaded.model), config, parse_bytes(options.memory_budget))
+
+
+def _clock(loaded: LoadedModel) -> Stages:
+    """A clock for the job proper: it counts memory over the loaded model."""
+    return Stages(device=loaded.device)
+
+
+def edit(options: Namespace) -> None:
+    from pke_fast import engine
+
+    config = settings_of(options)
+    requests, locality = _inputs(options)
+    check_output_folder(options.out, options.force)
+    loaded = _load(options)
+    config = _fitted(options, loaded, config)
+    console = console_of(options)
+    if options.dry_run:
+        plan = _plan(loaded, config, requests, locality)
+        terminal.facts(console, "Nothing was changed. This would be done:", plan)
+        finish(options, plan)
+        return
+    result = engine.edit(
+        loaded.model,
+        loaded.tokenizer,
+        requests,
+        config,
+        locality=locality,
+        stages=_clock(loaded),
+        name=loaded.name,
+        source=str(options.requests),
+    )
+    result.write(options.out, force=options.force, redact=options.redact, save_model=options.save_model)
+    terminal.edit_summary(console, result.report, Path(options.out), redact=options.redact)
+    finish(options, as_json(result.report, options.redact))
+
+
+def _plan(
+    loaded: LoadedModel, config: PKEConfig, requests: list[EditRequest], locality: list[Pair] | None
+) -> dict[str, Any]:
+    from pke_fast.hotspots import select
+    from pke_fast.workbench import workbench
+
+    with workbench(loaded.model, loaded.tokenizer, config, name=loaded.name) as bench:
+        import torch
+
+        structure = bench.structure
+        for prompt in [r.prompt for r in requests] + [p.prompt for p in locality or []]:
+            bench.encoder.prompt_ids(prompt)
+        if config.method == "pke":
+            select(torch.zeros(len(structure.layers), structure.neurons), config)  # k, window and cap fit the model
+        first, end = config.layer_window(len(structure.layers))
+        return {
+            "model": loaded.name,
+            "device": loaded.device,
+            "dtype": loaded.dtype,
+            "layers": len(structure.layers),
+            "neurons": len(structure.layers) * structure.neurons,
+            "window": [first, end],
+            "k": config.k if config.method == "pke" else structure.neurons,
+            "requests": len(requests),
+            "without unsafe answer": sum(not request.ground_truth for request in requests),
+            "locality": len(locality) if locality is not None else "the shipped prompts",
+            "method": config.method,
+            "num_steps": config.num_steps,
+        }
+
+
+def locate(options: Namespace) -> None:
+    from pke_fast import engine
+
+    config = settings_of(options)
+    requests, locality = _inputs(options)
+    check_output_folder(options.out, options.force)
+    loaded = _load(options)
+    config = _fitted(options, loaded, config)
+    other = load_model(options.compare, options.device, options.dtype).model if options.compare else None
+    result = engine.locate(
+        loaded.model,
+        loaded.tokenizer,
+        requests,
+        config,
+        locality=locality,
+        compare=other,
+        stages=_clock(loaded),
+        name=loaded.name,
+    )
+    files = result.write(options.out, force=options.force)
+    console = console_of(options)
+    by_layer = {str(layer): len(ids) for layer, ids in result.hot_spots.by_layer().items()}
+    summary = {"hot_spots": {"k": len(result.hot_spots), "window": list(result.window), "by_layer": by_layer}}
+    terminal.hot_spots(console, {**summary, "model": {"neurons_per_layer": result.score_map.shape[1]}})
+    terminal.stages(console, [vars(stage) for stage in result.stages.done])
+    terminal.files(console, Path(options.out), files)
+    counts = {"requests": result.requests, "already_refused": result.already_refused, "locality": result.locality}
+    finish(options, {**summary, **counts, "files": files})
+
+
+def eval(options: Namespace) -> None:
+    from pke_fast import engine
+    from pke_fast.evaluation import write_evaluation
+    from pke_fast.judges import JUDGES, get_judge
+    from pke_fast.patch import Patch
+
+    config = settings_of(options)
+    judges = [get_judge(name).name for name in options.judge or JUDGES]
+    harmful, benign = (read_prompts(path, options.limit) for path in (options.harmful, options.benign))
+    text = _read_text(options.text) if options.text else None
+    check_output_folder(options.out, options.force)
+    patch = Patch.load(options.patch) if options.patch else None
+    loaded = _load(options)
+    if patch is not None:
+        patch.apply(loaded.model)
+    result = engine.evaluate(
+        loaded.model,
+        loaded.tokenizer,
+        harmful,
+        benign,
+        text,
+        config,
+        judges=judges,
+        max_new_tokens=options.max_new_tokens,
+        stages=_clock(loaded),
+        name=loaded.name,
+    )
+    with atomic_folder(Path(options.out), force=options.force) as folder:
+        write_evaluation(folder, result, loaded.name, options.patch)
+    console = console_of(options)
+    terminal.evaluation(console, result.as_dict())
+    files = {"eval.json": "the figures", "generations.jsonl": "every answer and how it was judged"}
+    terminal.files(console, Path(options.out), files)
+    finish(options, {"model": loaded.name, "patch": options.patch, **result.as_dict()})
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"can't read the text {path}", got=error.strerror, do="check --text") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"the text {path} is not UTF-8", got=str(error), do="convert it to UTF-8") from error
+
+
+def apply(options: Namespace) -> None:
+    _rewrite(options, revert=False)
+
+
+def revert(options: Namespace) -> None:
+    _rewrite(options, revert=True)
+
+
+def _rewrite(options: Namespace, revert: bool) -> None:
+    from pke_fast.checkpoint import patch_checkpoint
+    from pke_fast.patch import Patch
+
+    patch = Patch.load(options.patch)
+    written = patch_checkpoint(Path(options.model), patch, Path(options.out), revert=revert, force=options.force)
+    terminal.facts(console_of(options), "Reverted" if revert else "Applied", written)
+    finish(options, written)
+
+
+def chat(options: Namespace) -> None:
+    from pke_fast.generation import generate
+    from pke_fast.patch import Patch
+    from pke_fast.workbench import workbench
+
+    patch = Patch.load(options.patch) if options.patch else None
+    config = settings_of(options)
+    loaded = _load(options)
+    console = Console()
+    with workbench(loaded.model, loaded.tokenizer, config, name=loaded.name) as bench:
+
+        def answer(prompt: str) -> str:
+            tokens = options.max_new_tokens
+            return generate(bench.model, bench.tokenizer, bench.encoder, [prompt], max_new_tokens=tokens)[0]
+
+        for prompt in _prompts(options, console):
+            before, after = answer(prompt), None
+            if patch is not None:
+                patch.apply(bench.model)
+                after = answer(prompt)
+                patch.revert(bench.model)
+            terminal.exchange(console, prompt, before, after)
+
+
+def _prompts(options: Namespace, console: Console) -> Any:
+    """The prompt that was given, else those that are typed or piped in, to the end of the input."""
+    if options.prompt is not None:
+        yield options.prompt
+        return
+    if sys.stdin.isatty():
+        console.print("Type a prompt; an empty line ends.", style="dim")
+    while True:
+        try:
+            prompt = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if not prompt:
+            return
+        yield prompt
+
+
+def show(options: Namespace) -> None:
+    from pke_fast.patch import Patch
+
+    description = Patch.load(options.patch).describe()
+    terminal.patch(console_of(options), description)
+    finish(options, description)
+
+
+def doctor(options: Namespace) -> None:
+    from pke_fast.cli.doctor import examine
+
+    found = examine()
+    terminal.doctor(console_of(options), found)
+    finish(options, found)
+
+
+def demo(options: Namespace) -> None:
+    from pke_fast.cli.demo import run
+
+    run(options)

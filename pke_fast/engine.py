@@ -1,0 +1,257 @@
+"""The engine: edit, locate and evaluate, each from a model in memory to a result that can be written to a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pke_fast import dinm, editing, summary
+from pke_fast.config import PKEConfig
+from pke_fast.editing import Outcome
+from pke_fast.evaluation import Evaluation, evaluate_model
+from pke_fast.files import atomic_folder
+from pke_fast.hotspots import HotSpots
+from pke_fast.locating import Located, locate_hot_spots
+from pke_fast.patch import Patch
+from pke_fast.preparation import Job, prepare
+from pke_fast.report import write_report
+from pke_fast.requests import EditRequest, Pair
+from pke_fast.scoring import drift
+from pke_fast.stages import Stages
+from pke_fast.structure import find_structure
+from pke_fast.workbench import Workbench, workbench
+
+SAMPLE_TOKENS = 40  # length of the answers shown before and after
+
+
+@dataclass(frozen=True, eq=False)
+class EditResult:
+    """An edit that was made.
+
+    Attributes:
+        patch: the changed neurons, old and new.
+        report: what report.json holds.
+        located: the scores and hot spots that it went by.
+        model, tokenizer: as they were given; the model is edited.
+    """
+
+    patch: Patch
+    report: dict[str, Any]
+    located: Located
+    model: Any = field(repr=False)
+    tokenizer: Any = field(repr=False)
+
+    def revert(self) -> None:
+        """Puts the model's weights back, exact to the bit.
+
+        Raises:
+            PatchError: the edited weights have changed since.
+        """
+        self.patch.revert(self.model)
+
+    def write(self, folder: str | Path, *, force: bool = False, redact: bool = False, save_model: bool = False) -> None:
+        """Writes patch.safetensors, report.json, report.html and, if asked for, model/; all of it or nothing.
+
+        Raises:
+            InputError: the folder exists and isn't empty, and `force` isn't set.
+        """
+        files = {
+            "patch.safetensors": "the changed neurons, old and new, with checksums",
+            "report.html": "the report, one page",
+            "report.json": "the same as data",
+        }
+        if save_model:
+            files["model/"] = "the edited model and its tokenizer"
+        self.report["files"] = files
+        with atomic_folder(Path(folder), force=force) as new:
+            self.patch.save(new / "patch.safetensors")
+            if save_model:
+                self.model.save_pretrained(new / "model", safe_serialization=True)
+                self.tokenizer.save_pretrained(new / "model")
+            write_report(new, self.report, self.located.score_map, redact=redact)
+
+
+@dataclass(frozen=True, eq=False)
+class LocateResult:
+    """Where the unsafe behaviour sits, and from how many requests that was told.
+
+    Attributes:
+        located: score map, hot spots and scores.
+        window: the layers in which hot spots were sought.
+        requests, already_refused, locality: how many of each.
+        stages: seconds and peak memory.
+    """
+
+    located: Located
+    window: tuple[int, int]
+    requests: int
+    already_refused: int
+    locality: int
+    stages: Stages
+
+    @property
+    def hot_spots(self) -> HotSpots:
+        return self.located.hot_spots
+
+    @property
+    def score_map(self) -> Tensor:
+        return self.located.score_map
+
+    def write(self, folder: str | Path, *, force: bool = False) -> dict[str, str]:
+        """Writes scores.safetensors, hotspots.json and heatmap.png; the folder appears whole or not at all."""
+        with atomic_folder(Path(folder), force=force) as new:
+            return self.located.write(new, self.window)
+
+
+def edit(
+    model: Any,
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    config: PKEConfig | None = None,
+    *,
+    locality: Sequence[Pair] | None = None,
+    stages: Stages | None = None,
+    name: str | None = None,
+    source: str = "given",
+    samples: int = 3,
+) -> EditResult:
+    """Edits a model in place so that it gives the safe answers to the requests and answers all else as before.
+
+    Args:
+        model: a decoder-only causal language model of transformers, in fp32, bf16 or fp16.
+        tokenizer: its tokenizer; its chat template is used where it has one.
+        requests: harmful prompts; what they leave out is filled in (`EditRequest`).
+        config: settings; the defaults are for method ``pke``.
+        locality: benign pairs that must not move; by default the model's own answers to the shipped prompts.
+        stages: for progress bars and measurements of one's own.
+        name, source: what model and requests are called in the report.
+        samples: of how many prompts of each kind the report shows the answers before and after.
+
+    Raises:
+        InputError: the model, a request or a setting can't be used; the model is unchanged.
+        EditError: the edit failed on the way, as by a loss that became NaN; the weights were put back.
+    """
+    config = config or PKEConfig()
+    with workbench(model, tokenizer, config, stages, name) as bench:
+        facts = summary.model_facts(bench)
+        job = prepare(bench, requests, locality)
+        shown = [("harmful", r.prompt) for r in job.requests[:samples]]
+        shown += [("benign", p.prompt) for p in job.locality[:samples]]
+        before = _answers(bench, shown, "Answering a few prompts before")
+        first, _ = config.layer_window(len(bench.structure.layers))
+        located = locate_hot_spots(bench, job, first=first)
+        outcome = _run(bench, job, located)
+        patch = Patch(outcome.layers, _patch_meta(bench, facts, job, outcome))
+        with _reverted_on_failure(patch, model):
+            after = _answers(bench, shown, "Answering them after")
+            report = summary.report_of(bench, facts, job, located, outcome, patch, source)
+        report["samples"] = [
+            {"kind": kind, "prompt": prompt, "before": old, "after": new}
+            for (kind, prompt), old, new in zip(shown, before, after, strict=True)
+        ]
+    return EditResult(patch, report, located, model, tokenizer)
+
+
+def _answers(bench: Workbench, shown: Sequence[tuple[str, str]], doing: str) -> list[str]:
+    return bench.answers([prompt for _, prompt in shown], SAMPLE_TOKENS, doing) if shown else []
+
+
+@contextmanager
+def _reverted_on_failure(patch: Patch, model: Any) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        patch.revert(model)
+        raise
+
+
+def _run(bench: Workbench, job: Job, located: Located) -> Outcome:
+    requests, locality = job.safe(bench), job.benign(bench)
+    hot_spots = located.hot_spots.by_layer()
+    if bench.config.method == "dinm-parity":
+        (layer,) = hot_spots
+        return dinm.edit_one_by_one(
+            bench.structure, layer, requests, locality, bench.config, pad_id=bench.pad_id, stage=bench.stages.stage
+        )
+    return editing.edit_columns(
+        bench.structure, hot_spots, requests, locality, bench.config, pad_id=bench.pad_id, stage=bench.stages.stage
+    )
+
+
+def _patch_meta(bench: Workbench, facts: dict[str, Any], job: Job, outcome: Outcome) -> dict[str, Any]:
+    losses = summary.losses_of(outcome)
+    return {
+        "base": facts,
+        "settings": bench.config.as_dict(),
+        "requests": len(job.requests),
+        "locality": len(job.locality),
+        "losses": {key: losses[key] for key in ("before", "after", "stopped")} | {"steps": len(outcome.steps)},
+        "versions": summary.versions(),
+    }
+
+
+def locate(
+    model: Any,
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    config: PKEConfig | None = None,
+    *,
+    locality: Sequence[Pair] | None = None,
+    compare: Any = None,
+    stages: Stages | None = None,
+    name: str | None = None,
+) -> LocateResult:
+    """Scores every neuron of every layer and selects the hot spots; the model is left as it is.
+
+    Args:
+        compare: another checkpoint of the same shape: each neuron's drift from `model` to it then takes the place of
+            the one-step weight change.
+        others: as for `edit`.
+
+    Raises:
+        InputError: the model, a request or a setting can't be used.
+    """
+    config = config or PKEConfig()
+    with workbench(model, tokenizer, config, stages, name) as bench:
+        moved = None if compare is None else drift(bench.structure, find_structure(compare))
+        job = prepare(bench, requests, locality)
+        located = locate_hot_spots(bench, job, drift=moved)
+        window = config.layer_window(len(bench.structure.layers))
+        return LocateResult(located, window, len(job.requests), job.already_refused, len(job.locality), bench.stages)
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    harmful: Sequence[str],
+    benign: Sequence[str],
+    text: str | None = None,
+    config: PKEConfig | None = None,
+    *,
+    judges: Sequence[str] = ("advbench", "jailbreakbench", "xstest"),
+    max_new_tokens: int = 48,
+    stages: Stages | None = None,
+    name: str | None = None,
+) -> Evaluation:
+    """Attack success rate on harmful prompts, refusals of benign ones, and perplexity of a text; see `Evaluation`.
+
+    Raises:
+        InputError: a prompt or a judge can't be used.
+    """
+    with workbench(model, tokenizer, config or PKEConfig(), stages, name) as bench:
+        return evaluate_model(
+            model,
+            tokenizer,
+            bench.encoder,
+            harmful,
+            benign,
+            text,
+            judges=judges,
+            max_new_tokens=max_new_tokens,
+            stages=bench.stages,
+        )

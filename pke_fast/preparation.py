@@ -1,0 +1,119 @@
+"""What a request may leave out, filled in: the safe answer, the unsafe answer, the benign pairs that must not move."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pke_fast import shipped
+from pke_fast.encoding import Encoded
+from pke_fast.errors import InputError
+from pke_fast.judges import get_judge
+from pke_fast.loading import cache_folder
+from pke_fast.requests import EditRequest, Pair, read_pairs, write_pairs
+from pke_fast.workbench import Workbench
+
+REFUSAL_JUDGE = "xstest"  # anchored at the answer's beginning, and that is all that is generated here
+
+
+@dataclass(frozen=True)
+class Job:
+    """Requests and locality pairs with nothing left out.
+
+    Attributes:
+        requests: those that the model doesn't refuse yet.
+        asked: how many requests came.
+        already_refused: how many were left out because the model refuses them.
+        locality: benign pairs.
+        locality_source: where they came from, in words.
+    """
+
+    requests: tuple[EditRequest, ...]
+    asked: int
+    already_refused: int
+    locality: tuple[Pair, ...]
+    locality_source: str
+
+    def safe(self, bench: Workbench) -> list[Encoded]:
+        """Every request with its safe answer, ended."""
+        return [bench.encoder.encode(r.prompt, r.target_new or "", end=True) for r in self.requests]
+
+    def unsafe(self, bench: Workbench) -> list[Encoded]:
+        """Every request with the beginning of its unsafe answer."""
+        tokens = bench.config.unsafe_tokens
+        return [bench.encoder.encode(r.prompt, r.ground_truth or "", answer_tokens=tokens) for r in self.requests]
+
+    def benign(self, bench: Workbench) -> list[Encoded]:
+        """Every benign prompt with the beginning of its answer."""
+        tokens = bench.config.locality_tokens
+        return [bench.encoder.encode(p.prompt, p.answer or "", end=True, answer_tokens=tokens) for p in self.locality]
+
+
+def prepare(bench: Workbench, requests: Sequence[EditRequest], locality: Sequence[Pair] | None) -> Job:
+    """Completes requests and locality pairs.
+
+    Raises:
+        InputError: there are no requests, the model refuses all of them already, or one is too long.
+    """
+    if not requests:
+        raise InputError("no requests", expected="at least one edit request")
+    for request in requests:
+        bench.encoder.prompt_ids(request.prompt)  # a prompt that is too long is told before anything is generated
+    complete, refused = _with_answers(bench, requests)
+    if not complete:
+        raise InputError(
+            f"the model refuses all {len(requests)} requests already",
+            do="there is nothing to edit; give requests that it answers, or their unsafe answers as ground_truth",
+        )
+    pairs, source = _locality(bench, complete, locality)
+    return Job(tuple(complete), len(requests), refused, tuple(pairs), source)
+
+
+def _with_answers(bench: Workbench, requests: Sequence[EditRequest]) -> tuple[list[EditRequest], int]:
+    lacking = [request.prompt for request in requests if not request.ground_truth]
+    doing = "Asking for unsafe answers"
+    own = iter(bench.answers(lacking, bench.config.unsafe_tokens, doing) if lacking else [])
+    judge, complete, refused = get_judge(REFUSAL_JUDGE), [], 0
+    for request in requests:
+        unsafe = request.ground_truth or next(own)
+        if not request.ground_truth and (not unsafe or judge.refused(unsafe)):
+            refused += 1
+            continue
+        complete.append(replace(request, target_new=request.target_new or bench.config.refusal, ground_truth=unsafe))
+    return complete, refused
+
+
+def _locality(
+    bench: Workbench, requests: Sequence[EditRequest], given: Sequence[Pair] | None
+) -> tuple[list[Pair], str]:
+    pairs = [*(given or ()), *(pair for request in requests for pair in request.locality)]
+    if not pairs:
+        return _shipped_pairs(bench), "the model's own answers to the shipped benign prompts"
+    for pair in pairs:
+        bench.encoder.prompt_ids(pair.prompt)
+    return _answered(bench, pairs), "given"
+
+
+def _answered(bench: Workbench, pairs: Sequence[Pair]) -> list[Pair]:
+    """Pairs without an answer get the model's own; those that it answers with nothing are left out."""
+    lacking = [pair.prompt for pair in pairs if not pair.answer]
+    own = iter(bench.answers(lacking, bench.config.locality_tokens, "Asking for benign answers") if lacking else [])
+    answered = [pair if pair.answer else Pair(pair.prompt, next(own)) for pair in pairs]
+    return [pair for pair in answered if pair.answer]
+
+
+def _shipped_pairs(bench: Workbench) -> list[Pair]:
+    """The shipped benign prompts with the model's own answers, made once and kept in the cache."""
+    prompts = shipped.benign()
+    config = bench.config
+    settings = [prompts, config.system_prompt, config.suffix_system_prompt, config.locality_tokens, config.max_length]
+    key = hashlib.sha256(json.dumps([bench.fingerprint, bench.encoder.text("?"), *settings]).encode()).hexdigest()[:16]
+    path = cache_folder() / "answers" / f"{key}.jsonl"
+    if path.exists():
+        return read_pairs(path)
+    pairs = _answered(bench, [Pair(prompt) for prompt in prompts])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_pairs(path, pairs)
+    return pairs

@@ -1,0 +1,122 @@
+"""The report of an edit as one dictionary of JSON values: what report.json holds and report.html shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import platform
+from importlib import metadata
+from typing import Any
+
+import pke_fast
+from pke_fast.editing import Outcome
+from pke_fast.locating import Located
+from pke_fast.patch import Patch
+from pke_fast.preparation import Job
+from pke_fast.workbench import Workbench
+
+TOP_NEURONS = 100
+DTYPES = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
+LITTLE = 0.1  # an edit that takes less than this share off the loss is as good as none
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide results."""
+    names = ("torch", "transformers", "safetensors", "numpy")
+    return {
+        "pke_fast": pke_fast.__version__,
+        "python": platform.python_version(),
+        **{n: metadata.version(n) for n in names},
+    }
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def model_facts(bench: Workbench) -> dict[str, Any]:
+    """The model's name, fingerprint, shape, dtype and device. Call it before the weights change."""
+    structure = bench.structure
+    return {
+        "name": bench.name,
+        "class": type(bench.model).__name__,
+        "fingerprint": bench.fingerprint,
+        "layers": len(structure.layers),
+        "neurons_per_layer": structure.neurons,
+        "hidden_size": structure.hidden_size,
+        "dtype": DTYPES.get(str(structure.dtype), str(structure.dtype)),
+        "device": str(structure.device),
+    }
+
+
+def losses_of(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "steps": [dataclasses.asdict(step) for step in outcome.steps],
+        "before": dataclasses.asdict(outcome.before),
+        "after": dataclasses.asdict(outcome.after),
+        "stopped": outcome.stopped,
+    }
+
+
+def warnings_of(outcome: Outcome) -> list[str]:
+    """What a user must not overlook: above all, an edit that did nothing."""
+    unchanged = all(bool((part.old == part.new).all()) for part in outcome.layers)
+    before, after = outcome.before.edit, outcome.after.edit
+    if unchanged:
+        return [
+            "THE EDIT DID NOTHING: every weight is as it was. Raise lr or num_steps, or load the model in fp32 or bf16."
+        ]
+    if after > (1 - LITTLE) * before:
+        return [
+            f"THE EDIT DID LITTLE: the loss of the safe answers went from {before:.3g} to {after:.3g}. "
+            "Raise num_steps, lr or k, or widen the window."
+        ]
+    return []
+
+
+def report_of(
+    bench: Workbench, facts: dict[str, Any], job: Job, located: Located, outcome: Outcome, patch: Patch, source: str
+) -> dict[str, Any]:
+    """The whole report, less what is only known later (evaluation, files)."""
+    structure = bench.structure
+    changes = {
+        (part.layer, int(neuron)): float(change)
+        for part in patch.layers
+        for neuron, change in zip(part.neurons, _relative_changes(part.old, part.new), strict=True)
+    }
+    top = located.top(TOP_NEURONS)
+    total = len(structure.layers) * structure.neurons
+    path = located.layer_path
+    scored = located.unsafe.first if located.unsafe is not None else 0
+    return {
+        "pke_fast": pke_fast.__version__,
+        "created": now(),
+        "model": facts,
+        "settings": bench.config.as_dict(),
+        "requests": {
+            "source": source,
+            "n": job.asked,
+            "used": len(job.requests),
+            "already_refused": job.already_refused,
+        },
+        "locality": {"source": job.locality_source, "n": len(job.locality)},
+        "hot_spots": {
+            "k": len(located.hot_spots),
+            "share": len(located.hot_spots) / total,
+            "window": list(bench.config.layer_window(len(structure.layers))),
+            "by_layer": {str(layer): len(ids) for layer, ids in located.hot_spots.by_layer().items()},
+            "layer_path": [None if i < scored else float(v) for i, v in enumerate(path)] if path is not None else [],
+            "top": [{**row, "change": changes.get((row["layer"], row["neuron"]))} for row in top],
+        },
+        "losses": losses_of(outcome),
+        "stages": [dataclasses.asdict(stage) for stage in bench.stages.done],
+        "warnings": warnings_of(outcome),
+        "evaluation": None,
+        "samples": [],
+        "files": {},
+        "versions": versions(),
+    }
+
+
+def _relative_changes(old: Any, new: Any) -> Any:
+    return (new.float() - old.float()).norm(dim=1) / old.float().norm(dim=1).clamp(min=1e-12)
