@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pke_fast.batches import pack
 from pke_fast.config import PKEConfig
-from pke_fast.editing import Columns, Outcome, Step, Trainer, put_back_on_failure
+from pke_fast.editing import Columns, Losses, Outcome, Step, Trainer, put_back_on_failure
 from pke_fast.encoding import Encoded
 from pke_fast.structure import Structure
 from pke_fast.tape import record
@@ -92,7 +92,7 @@ def edit_one_by_one(
     steps: list[Step] = []
     with put_back_on_failure(columns), stage("Editing request by request", len(requests)) as advance:
         everything = Trainer(structure, columns, requests, locality[: len(requests)], config, pad_id)
-        before = everything.losses()
+        before = Losses(everything.edit_loss(), 0.0)
         for index, request in enumerate(requests):
             pair = [locality[index % len(locality)]] if locality else []
             columns[0].reset()
@@ -103,5 +103,5 @@ def edit_one_by_one(
                 if step.loss < PARITY_STOP_LOSS:
                     break
             advance(1)
-        after = everything.losses()
+        after = Losses(everything.edit_loss(), everything.locality_loss())
     return Outcome(tuple(column.patch() for column in columns), tuple(steps), before, after, "every request was edited")

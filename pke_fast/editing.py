@@ -217,12 +217,14 @@ class Trainer:
         return total
 
     @torch.no_grad()
-    def losses(self) -> Losses:
-        """The losses over all requests and all locality pairs, with the weights as they are."""
-        return Losses(
-            _mean([(self._edit_loss(m, 0.0), m.size) for m in self.requests]),
-            _mean([(self._locality_loss(m, 0.0), m.size) for m in self.locality]),
-        )
+    def edit_loss(self) -> float:
+        """The mean loss of the safe answers over all requests, with the weights as they are."""
+        return _mean([(self._edit_loss(m, 0.0), m.size) for m in self.requests])
+
+    @torch.no_grad()
+    def locality_loss(self) -> float:
+        """The mean KL to the unedited model over all locality pairs, with the weights as they are."""
+        return _mean([(self._locality_loss(m, 0.0), m.size) for m in self.locality])
 
     def step(self, number: int, *, kl_gradient: bool = True) -> Step:
         """One optimiser step on the next minibatch of requests and of locality pairs.
@@ -299,7 +301,7 @@ def edit_columns(
         with stage("Running the layers below, once", len(requests) + len(locality)) as advance:
             trainer = Trainer(structure, columns, requests, locality, config, pad_id, advance)
         with stage("Measuring the losses before", 1):
-            before = trainer.losses()
+            before = Losses(trainer.edit_loss(), 0.0)  # the KL of a model to itself
         steps: list[Step] = []
         stopped = f"all {config.num_steps} steps were made"
         with stage("Editing the hot spots", config.num_steps) as advance:
@@ -310,5 +312,5 @@ def edit_columns(
                     stopped = f"over {STOP_WINDOW} steps, the losses fell below stop_loss and stop_kl"
                     break
         with stage("Measuring the losses after", 1):
-            after = trainer.losses()
+            after = Losses(trainer.edit_loss(), trainer.locality_loss())
     return Outcome(tuple(column.patch() for column in columns), tuple(steps), before, after, stopped)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from pke_fast.kernels.sparse_columns import read_columns
 
 from pke_fast import editing
 from pke_fast.config import PKEConfig
 from pke_fast.editing import Columns, Trainer, edit_columns
 from pke_fast.errors import EditError
+from pke_fast.kernels.sparse_columns import read_columns
 from pke_fast.stages import Stages
 from pke_fast.structure import find_structure
 from pke_fast.testing import FAMILIES, NEURONS, tiny_model

@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
+from pke_fast import ops
+from pke_fast.errors import InputError
 from pke_fast.kernels import column_grad_norm
 from pke_fast.kernels.edit_loss import CHUNK_ELEMENTS
 from pke_fast.kernels.glu_score import ACTIVATIONS
 from pke_fast.kernels.sparse_columns import read_columns
-
-from pke_fast import ops
-from pke_fast.errors import InputError
 
 OFFSETS = torch.tensor([0, 3, 3, 8])  # three requests, one of them empty; two tokens of padding after them
 SPANS = [(0, 3), (3, 3), (3, 8)]

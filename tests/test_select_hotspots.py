@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pke_fast.kernels.select_hotspots import native, reference
 from torch import Tensor
 
 from pke_fast import native as loader
 from pke_fast.errors import InputError, PKEError
+from pke_fast.kernels.select_hotspots import native, reference
 
 INF, NAN = math.inf, math.nan
 DENORMAL = 1e-45
