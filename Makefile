@@ -31,7 +31,7 @@ help:
 	@echo "Settings: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=\"$(TORCH)\" ARGS=..."
 
 demo: $(VENV)/.installed
-	$(BIN)/pke-fast demo --out pke-demo --force $(ARGS)
+	$(BIN)/python -m pke_fast demo --out pke-demo --force $(ARGS)
 
 test: $(VENV)/.installed
 	$(PYTEST) -m "not slow and not gpu" $(ARGS)
@@ -40,9 +40,9 @@ check: lint
 	$(PYTEST) -m "slow and not gpu" $(ARGS)
 
 lint: $(VENV)/.installed
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m mypy
 	@if command -v clang-format >/dev/null; then clang-format --dry-run --Werror csrc/*; \
 	else echo "clang-format is not installed: csrc/ was not checked"; fi
 

@@ -102,12 +102,10 @@ def native_extension() -> Extension:
 
 
 setup(
-    # Namespace packages, since data/ and configs/ hold no code. kernels/ is a part of pke_fast; it must not be
-    # importable as `kernels`, which is another project's package that transformers imports.
-    packages=[
-        *find_namespace_packages(include=["pke_fast", "pke_fast.*"], exclude=["*.__pycache__"]),
-        "pke_fast.kernels",
-    ],
+    # Namespace packages, since data/ and configs/ hold no code.
+    packages=[*find_namespace_packages(include=["pke_fast*"], exclude=["*.__pycache__"]), "pke_fast.kernels"],
+    # kernels/ is a part of pke_fast. It must not be importable as `kernels`: that is another project's package, which
+    # transformers imports.
     package_dir={"pke_fast": "pke_fast", "pke_fast.kernels": "kernels"},
     package_data={"": ["py.typed", "*.j2", "*.jsonl", "*.txt", "*.yaml"]},
     ext_modules=[native_extension()],

@@ -31,8 +31,8 @@ py::tuple select_hotspots(std::uintptr_t scores, std::size_t layers, std::size_t
 
 PYBIND11_MODULE(_native, module) {
     module.doc() = "C++ parts of pke_fast; called by pke_fast.kernels only.";
-    module.def("select_hotspots", &select_hotspots, "Counts of what was chosen and of NaN scores. See select_hotspots.h.",
-               py::arg("scores"), py::arg("layers"), py::arg("neurons"), py::arg("k"), py::arg("first"),
-               py::arg("end"), py::arg("layer_cap"), py::arg("exclude"), py::arg("minimum"), py::arg("layer_ptr"),
-               py::arg("chosen_neurons"));
+    module.def(
+        "select_hotspots", &select_hotspots, "Counts of what was chosen and of NaN scores. See select_hotspots.h.",
+        py::arg("scores"), py::arg("layers"), py::arg("neurons"), py::arg("k"), py::arg("first"), py::arg("end"),
+        py::arg("layer_cap"), py::arg("exclude"), py::arg("minimum"), py::arg("layer_ptr"), py::arg("chosen_neurons"));
 }

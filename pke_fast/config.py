@@ -28,7 +28,7 @@ class PKEConfig:
             (Wang et al. 2024, arXiv 2403.14472), as it was meant and as it was published (docs/design.md).
         k: neurons to change.
         window: layers in which hot spots are sought, ``(first, last + 1)`` as layer numbers, or as shares of the depth
-            when written with a point: ``(0.5, 1.0)`` is the upper half.
+            when written with a point: ``(0.67, 1.0)`` is the upper third.
         per_layer_cap: most hot spots in one layer; None for no cap.
         exclude: neurons to leave alone, each ``"layer:neuron"``.
         score: what ranks the neurons: ``contrast`` (weight change x activation path on the unsafe requests less the
@@ -38,7 +38,10 @@ class PKEConfig:
         num_steps: most optimiser steps.
         batch_size: requests in a step.
         locality_batch_size: locality pairs in a step.
-        lr, weight_decay: Adam's (decoupled decay towards the old weights, not towards zero).
+        lr: Adam's learning rate; None for 2 % of the root mean square of the hot spots' weights, so that it follows
+            a model's own scale.
+        lr_end: share of `lr` that is left at the last step; it falls linearly.
+        weight_decay: Adam's, decoupled, towards the old weights and not towards zero.
         w_edit, w_kl: weights of the safe answer's cross-entropy and of the locality KL in the loss.
         stop_loss, stop_kl: stop once the running means of the edit loss and of the KL are both below these.
         norm_constraint: most that one weight may move from its old value; None for no bound.
@@ -58,19 +61,20 @@ class PKEConfig:
 
     method: Method = "pke"
     k: int = 1000
-    window: tuple[float, float] = (0.5, 1.0)
+    window: tuple[float, float] = (0.67, 1.0)
     per_layer_cap: int | None = None
     exclude: tuple[str, ...] = ()
     score: Score = "contrast"
     score_loss: ScoreLoss = "safe"
     score_pairs: int = 128
-    num_steps: int = 60
-    batch_size: int = 16
-    locality_batch_size: int = 48
-    lr: float = 1e-3
+    num_steps: int = 40
+    batch_size: int = 8
+    locality_batch_size: int = 32
+    lr: float | None = None
+    lr_end: float = 0.1
     weight_decay: float = 0.0
     w_edit: float = 1.0
-    w_kl: float = 4.0
+    w_kl: float = 5.0
     stop_loss: float = 0.1
     stop_kl: float = 0.02
     norm_constraint: float | None = None
@@ -79,8 +83,8 @@ class PKEConfig:
     suffix_system_prompt: str = ""
     max_length: int = 1000
     unsafe_tokens: int = 24
-    locality_tokens: int = 8
-    first_token_weight: float = 1.0
+    locality_tokens: int = 4
+    first_token_weight: float = 8.0
     micro_batch_tokens: int = 2048
     seed: int = 0
 
@@ -99,10 +103,11 @@ class PKEConfig:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(self.micro_batch_tokens >= 1, "micro_batch_tokens", self.micro_batch_tokens, "at least 1")
         _require(self.num_steps >= 0, "num_steps", self.num_steps, "0 or more")
-        for name in ("lr", "weight_decay", "w_edit", "w_kl", "stop_loss", "stop_kl", "first_token_weight"):
+        for name in ("weight_decay", "lr_end", "w_edit", "w_kl", "stop_loss", "stop_kl", "first_token_weight"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value >= 0, name, value, "a finite number of 0 or more")
-        cap, bound = self.per_layer_cap, self.norm_constraint
+        cap, bound, lr = self.per_layer_cap, self.norm_constraint, self.lr
+        _require(lr is None or (math.isfinite(lr) and lr > 0), "lr", lr, "a finite number above 0, or null")
         _require(cap is None or cap >= 1, "per_layer_cap", cap, "at least 1, or null for no cap")
         _require(bound is None or bound > 0, "norm_constraint", bound, "a number above 0, or null for no bound")
         _require(bool(self.refusal.strip()), "refusal", self.refusal, "some text: it is the safe answer by default")

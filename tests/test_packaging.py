@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import pke_fast
-import pke_fast.kernels.select_hotspots as select_hotspots
+from pke_fast.kernels import select_hotspots
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,11 +75,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_wheel_holds_what_it_should(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    packaged = [path for folder in ("pke_fast", "kernels") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    sources = [path for folder in ("pke_fast", "kernels") for path in (ROOT / folder).rglob("*") if path.is_file()]
     expected = {
         path.relative_to(ROOT).as_posix().replace("kernels/", "pke_fast/kernels/", 1)
-        for path in packaged
-        if path.suffix in (".py", ".j2", ".jsonl", ".yaml", ".typed")
+        for path in sources
+        if path.parent.name != "__pycache__" and path.suffix not in (".so", ".pyd")
     }
     assert {"pke_fast/py.typed", "pke_fast/kernels/select_hotspots.py", "pke_fast/report.html.j2"} <= expected
     native = "pke_fast/_native" + sysconfig.get_config_var("EXT_SUFFIX")
