@@ -185,3 +185,14 @@ def _safetensor_error() -> type[Exception]:
     from safetensors import SafetensorError
 
     return SafetensorError
+
+
+def cache_folder() -> Path:
+    """Where converted models and generated answers are kept; it may not exist yet.
+
+    $PKE_FAST_CACHE, else pke_fast in $XDG_CACHE_HOME or ~/.cache.
+    """
+    own = os.environ.get("PKE_FAST_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pke_fast"

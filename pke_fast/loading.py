@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,14 +121,6 @@ def resolve_dtype(dtype: str) -> torch.dtype | None:
         raise InputError(f"unknown dtype: {dtype}", expected=f"auto or one of: {', '.join(DTYPES)}", got=dtype)
     resolved: torch.dtype = getattr(torch, DTYPES[dtype])
     return resolved
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $PKE_FAST_CACHE, else pke_fast in $XDG_CACHE_HOME or ~/.cache. May not exist."""
-    own = os.environ.get("PKE_FAST_CACHE")
-    if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pke_fast"
 
 
 def check_finite(model: nn.Module) -> None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pke_fast import shipped
 from pke_fast.encoding import Encoded
 from pke_fast.errors import InputError
+from pke_fast.files import cache_folder
 from pke_fast.judges import get_judge
-from pke_fast.loading import cache_folder
 from pke_fast.requests import EditRequest, Pair, read_pairs, write_pairs
 from pke_fast.workbench import Workbench
 

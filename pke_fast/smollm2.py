@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pke_fast.errors import InputError, PKEError
-from pke_fast.files import atomic_folder, check_output_folder
-from pke_fast.loading import cache_folder
+from pke_fast.files import atomic_folder, cache_folder, check_output_folder
 from pke_fast.pretrained import explained, load_gguf, quiet
 from pke_fast.stages import Stages
 

@@ -17,7 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from pke_fast import loading, pretrained, smollm2, sources
+from pke_fast import files, loading, pretrained, smollm2, sources
 from pke_fast.errors import InputError, PKEError
 from pke_fast.fingerprint import SAMPLE, fingerprint
 from pke_fast.loading import check_finite, context_length, load_model, pad_token_id, resolve_device, resolve_dtype
@@ -298,11 +298,11 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("PKE_FAST_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert loading.cache_folder() == tmp_path / ".cache" / "pke_fast"
+    assert files.cache_folder() == tmp_path / ".cache" / "pke_fast"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert loading.cache_folder() == tmp_path / "xdg" / "pke_fast"
+    assert files.cache_folder() == tmp_path / "xdg" / "pke_fast"
     monkeypatch.setenv("PKE_FAST_CACHE", "~/mine")
-    assert loading.cache_folder() == tmp_path / "mine"
+    assert files.cache_folder() == tmp_path / "mine"
 
 
 def test_fingerprint_is_the_same_for_the_same_weights_only() -> None:

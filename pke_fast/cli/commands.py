@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -11,31 +10,14 @@ from typing import Any
 from rich.console import Console
 
 from pke_fast import terminal
-from pke_fast.config import PKEConfig, load_config
+from pke_fast.cli.common import console_of, finish, settings_of
+from pke_fast.config import PKEConfig
 from pke_fast.errors import InputError
 from pke_fast.files import atomic_folder, check_output_folder
 from pke_fast.loading import LoadedModel, load_model
 from pke_fast.report import as_json
 from pke_fast.requests import EditRequest, Pair, read_pairs, read_prompts, read_requests
 from pke_fast.stages import Stages
-
-
-def console_of(options: Namespace) -> Console:
-    """Where tables go: standard output, or standard error where that is for JSON."""
-    return Console(stderr=bool(getattr(options, "json", False)))
-
-
-def finish(options: Namespace, summary: dict[str, Any]) -> None:
-    """The summary as JSON, if it was asked for."""
-    if options.json:
-        json.dump(summary, sys.stdout, indent=1)
-        sys.stdout.write("\n")
-
-
-def settings_of(options: Namespace) -> PKEConfig:
-    config = load_config(options.config, options.set)
-    seed = getattr(options, "seed", None)
-    return config if seed is None else config.replace(seed=seed)
 
 
 def _inputs(options: Namespace) -> tuple[list[EditRequest], list[Pair] | None]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pke_fast import engine, shipped, terminal
-from pke_fast.cli.commands import console_of, finish, settings_of
+from pke_fast.cli.common import console_of, finish, settings_of
 from pke_fast.evaluation import Evaluation
 from pke_fast.files import check_output_folder
 from pke_fast.judges import JUDGES

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pke_fast import native, ops
-from pke_fast.loading import cache_folder
+from pke_fast.files import cache_folder
 from pke_fast.summary import versions
 
 
