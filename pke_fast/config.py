@@ -38,7 +38,7 @@ class PKEConfig:
         num_steps: most optimiser steps.
         batch_size: requests in a step.
         locality_batch_size: locality pairs in a step.
-        lr: Adam's learning rate; None for 2 % of the root mean square of the hot spots' weights, so that it follows
+        lr: Adam's learning rate; None for 1 % of the root mean square of the hot spots' weights, so that it follows
             a model's own scale.
         lr_end: share of `lr` that is left at the last step; it falls linearly.
         weight_decay: Adam's, decoupled, towards the old weights and not towards zero.
@@ -67,14 +67,14 @@ class PKEConfig:
     score: Score = "contrast"
     score_loss: ScoreLoss = "safe"
     score_pairs: int = 128
-    num_steps: int = 40
+    num_steps: int = 60
     batch_size: int = 8
     locality_batch_size: int = 32
     lr: float | None = None
     lr_end: float = 0.1
     weight_decay: float = 0.0
     w_edit: float = 1.0
-    w_kl: float = 5.0
+    w_kl: float = 4.0
     stop_loss: float = 0.1
     stop_kl: float = 0.02
     norm_constraint: float | None = None

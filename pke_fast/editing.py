@@ -23,7 +23,7 @@ from pke_fast.structure import Structure, hooks
 from pke_fast.tape import Tape, record
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # Kingma & Ba 2015
-LR_OF_RMS = 0.02  # tuned on SmolLM2-135M, whose down projections have an rms of 0.19
+LR_OF_RMS = 0.01  # tuned on SmolLM2-135M, whose down projections have an rms of 0.19
 STOP_WINDOW = 4  # steps in the running means that stop an edit
 
 

@@ -191,4 +191,4 @@ def test_the_learning_rate_falls_linearly_and_suits_the_weights_by_default(seque
 
     assert rates(lr=1.0, lr_end=0.5) == pytest.approx([1.0, 0.75, 0.5])
     every = torch.cat([column.old.flatten() for column in columns])
-    assert rates(lr=None, lr_end=1.0) == pytest.approx([0.02 * float(every.square().mean().sqrt())] * 3)
+    assert rates(lr=None, lr_end=1.0) == pytest.approx([0.01 * float(every.square().mean().sqrt())] * 3)
