@@ -74,7 +74,7 @@ class PKEConfig:
     lr_end: float = 0.1
     weight_decay: float = 0.0
     w_edit: float = 1.0
-    w_kl: float = 4.0
+    w_kl: float = 3.0
     stop_loss: float = 0.1
     stop_kl: float = 0.02
     norm_constraint: float | None = None
