@@ -1,4 +1,8 @@
-"""A memory budget turned into a micro-batch: how many tokens may be in flight at once."""
+"""A memory budget turned into a micro-batch: how many tokens may be in flight at once.
+
+It counts weights, optimiser state, logits in chunks and one micro-batch; not the cache of the layers below (hidden size
+times all tokens), nor what generating answers takes.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ def bytes_per_token(structure: Structure, config: PKEConfig) -> int:
 
     A layer keeps about 4 tensors of D (gate, act(gate), up, h) and 16 of d (norms, attention, residuals) a token.
     """
-    first, _ = config.layer_window(len(structure.layers))
+    first = config.layer_window(len(structure.layers))[0] if config.method == "pke" else 0
     kept = len(structure.layers) - first
     return kept * (4 * structure.neurons + 16 * structure.hidden_size) * structure.dtype.itemsize
 
@@ -37,7 +41,8 @@ def within_budget(structure: Structure, config: PKEConfig, budget: int) -> PKECo
         InputError: the budget is smaller than the least possible, which is named.
     """
     weights = sum(p.numel() * p.element_size() for p in structure.model.parameters())
-    columns = 5 * 4 * config.k * structure.hidden_size  # fp32 old, master, gradient and two moments
+    neurons = config.k if config.method == "pke" else structure.neurons
+    columns = 5 * 4 * neurons * structure.hidden_size  # fp32 old, master, gradient and two moments
     head = 3 * (1 << 24)  # edit_loss: the logits of a chunk, their softmax and gradient
     per_token = bytes_per_token(structure, config)
     tokens = (budget - weights - columns - head) // per_token

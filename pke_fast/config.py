@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,7 @@ from pke_fast.errors import InputError
 
 Method = Literal["pke", "dinm", "dinm-parity"]
 Score = Literal["contrast", "toxic", "weight_change", "activation_path", "random"]
+MOST_LR = 1e9  # beyond it Adam's step overflows fp32
 ScoreLoss = Literal["safe", "unsafe", "contrast"]
 
 
@@ -107,7 +109,8 @@ class PKEConfig:
             value = getattr(self, name)
             _require(math.isfinite(value) and value >= 0, name, value, "a finite number of 0 or more")
         cap, bound, lr = self.per_layer_cap, self.norm_constraint, self.lr
-        _require(lr is None or (math.isfinite(lr) and lr > 0), "lr", lr, "a finite number above 0, or null")
+        _require(lr is None or 0 < lr <= MOST_LR, "lr", lr, f"a finite number above 0, at most {MOST_LR:g}, or null")
+        _require(abs(self.seed) < 2**63, "seed", self.seed, "a whole number of 64 bits")
         _require(cap is None or cap >= 1, "per_layer_cap", cap, "at least 1, or null for no cap")
         _require(bound is None or bound > 0, "norm_constraint", bound, "a number above 0, or null for no bound")
         _require(bool(self.refusal.strip()), "refusal", self.refusal, "some text: it is the safe answer by default")
@@ -245,5 +248,4 @@ def _is_number(value: object) -> bool:
 
 
 def _is_neuron(value: object) -> bool:
-    layer, colon, neuron = str(value).partition(":")
-    return isinstance(value, str) and colon == ":" and layer.isdigit() and neuron.isdigit()
+    return isinstance(value, str) and re.fullmatch("[0-9]+:[0-9]+", value) is not None

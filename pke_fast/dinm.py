@@ -9,6 +9,7 @@ after another; the KL term is measured but has no gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def answer_distances(
         assert tape.top is not None
         weights = tape.batch.answer_weights()
         for layer, hidden in enumerate([*tape.hidden[1:], tape.top]):
-            tokens = hidden.flatten(0, 1).index_select(0, tape.batch.positions).float() * weights[:, None]
+            tokens = hidden.flatten(0, 1).index_select(0, tape.batch.positions + 1).float() * weights[:, None]
             means = tokens.new_zeros(len(batch.rows), tokens.shape[1]).index_add_(0, tape.batch.owners, tokens)
             total[layer] += (means[0::2] - means[1::2]).norm(dim=1).sum()
         advance(len(batch.rows) // 2)
@@ -97,11 +98,12 @@ def edit_one_by_one(
             pair = [locality[index % len(locality)]] if locality else []
             columns[0].reset()
             trainer = Trainer(structure, columns, [request], pair, config, pad_id)
-            for _ in range(config.num_steps):
-                step = trainer.step(len(steps), kl_gradient=False)
-                steps.append(step)
+            for number in range(config.num_steps):
+                step = trainer.step(number, kl_gradient=False)
+                steps.append(replace(step, step=len(steps) + 1))
                 if step.loss < PARITY_STOP_LOSS:
                     break
             advance(1)
-        after = Losses(everything.edit_loss(), everything.locality_loss())
-    return Outcome(tuple(column.patch() for column in columns), tuple(steps), before, after, "every request was edited")
+        after = everything.final_losses()
+        layers = tuple(column.patch() for column in columns)
+        return Outcome(layers, tuple(steps), before, after, "every request was edited")

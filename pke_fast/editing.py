@@ -24,6 +24,7 @@ from pke_fast.tape import Tape, record
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # Kingma & Ba 2015
 LR_OF_RMS = 0.01  # tuned on SmolLM2-135M, whose down projections have an rms of 0.19
+GENTLER = "lower lr (--set lr=...), or load the model in fp32 or bf16"
 STOP_WINDOW = 4  # steps in the running means that stop an edit
 
 
@@ -39,7 +40,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Losses:
-    """Mean cross-entropy of the safe answers over all requests, and mean KL over all locality pairs."""
+    """Mean loss of the safe answers over all requests, and mean KL over all locality pairs.
+
+    Both weigh an answer's first token by `first_token_weight`.
+    """
 
     edit: float
     kl: float
@@ -118,7 +122,7 @@ class _SparseTap(torch.autograd.Function):
     def forward(ctx: Any, out: Tensor, h: Tensor, into: Tensor, anchor: Tensor) -> Tensor:
         ctx.save_for_backward(h)
         ctx.into = into
-        return out.view_as(out)
+        return out.clone()  # no view: Falcon adds to it in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -229,6 +233,17 @@ class Trainer:
         """The mean KL to the unedited model over all locality pairs, with the weights as they are."""
         return _mean([(self._locality_loss(m, 0.0), m.size) for m in self.locality])
 
+    def final_losses(self) -> Losses:
+        """Both losses over everything, with the weights as they will stay.
+
+        Raises:
+            EditError: one of them isn't finite.
+        """
+        losses = Losses(self.edit_loss(), self.locality_loss())
+        if not math.isfinite(losses.edit + losses.kl):
+            raise EditError(f"the edited model's loss is {losses.edit}; the weights were put back", do=GENTLER)
+        return losses
+
     def step(self, number: int, *, kl_gradient: bool = True) -> Step:
         """One optimiser step on the next minibatch of requests and of locality pairs.
 
@@ -250,7 +265,7 @@ class Trainer:
         if not math.isfinite(loss) or not all(bool(torch.isfinite(column.grad).all()) for column in self.columns):
             raise EditError(
                 f"the loss became {loss} at step {number + 1}; the weights were put back",
-                do="lower lr (--set lr=...), or load the model in fp32 or bf16",
+                do=GENTLER,
             )
         for column in self.columns:
             column.update(config, self._lr(number))
@@ -259,7 +274,7 @@ class Trainer:
     def _lr(self, number: int) -> float:
         """The learning rate of a step: from `lr` down to `lr_end` of it, linearly."""
         config = self.config
-        left = config.lr_end + (1 - config.lr_end) * max(0.0, 1 - number / max(1, config.num_steps))
+        left = config.lr_end + (1 - config.lr_end) * max(0.0, 1 - number / max(1, config.num_steps - 1))
         return left * (self._default_lr if config.lr is None else config.lr)
 
     def _next(self, minibatches: list[_Minibatch], number: int) -> _Minibatch:
@@ -321,5 +336,5 @@ def edit_columns(
                     stopped = f"over {STOP_WINDOW} steps, the losses fell below stop_loss and stop_kl"
                     break
         with stage("Measuring the losses after", 1):
-            after = Losses(trainer.edit_loss(), trainer.locality_loss())
-    return Outcome(tuple(column.patch() for column in columns), tuple(steps), before, after, stopped)
+            after = trainer.final_losses()
+        return Outcome(tuple(column.patch() for column in columns), tuple(steps), before, after, stopped)

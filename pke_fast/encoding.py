@@ -104,7 +104,10 @@ class PromptEncoder:
         return list(self.tokenizer(text, add_special_tokens=not self.chat)["input_ids"])
 
     def _template(self, messages: list[dict[str, str]]) -> str:
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except ValueError as error:  # several templates and none called default, for one
+            raise InputError("the tokenizer's chat template can't be used", got=str(error)) from error
 
 
 def _shorten(text: str, length: int = 60) -> str:

@@ -16,7 +16,7 @@ from pke_fast.editing import Outcome
 from pke_fast.evaluation import Evaluation, evaluate_model
 from pke_fast.files import atomic_folder
 from pke_fast.hotspots import HotSpots
-from pke_fast.locating import Located, locate_hot_spots
+from pke_fast.locating import Located, check_fits, locate_hot_spots
 from pke_fast.patch import Patch
 from pke_fast.preparation import Job, prepare
 from pke_fast.report import write_report
@@ -139,6 +139,7 @@ def edit(
     config = config or PKEConfig()
     with workbench(model, tokenizer, config, stages, name) as bench:
         facts = summary.model_facts(bench)
+        check_fits(bench)
         job = prepare(bench, requests, locality)
         shown = [("harmful", r.prompt) for r in job.requests[:samples]]
         shown += [("benign", p.prompt) for p in job.locality[:samples]]
@@ -219,6 +220,7 @@ def locate(
     config = config or PKEConfig()
     with workbench(model, tokenizer, config, stages, name) as bench:
         moved = None if compare is None else drift(bench.structure, find_structure(compare))
+        check_fits(bench)
         job = prepare(bench, requests, locality)
         located = locate_hot_spots(bench, job, drift=moved)
         window = config.layer_window(len(bench.structure.layers))

@@ -43,9 +43,9 @@ class HotSpots:
         return cls(pointers, torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64))
 
 
-def toxicity(scores: Scores) -> Tensor:
-    """Weight change times activation path, each relative to its mean over the scored layers: [L, D], mean about 1."""
-    rows = slice(scores.first, None)
+def toxicity(scores: Scores, window: tuple[int, int]) -> Tensor:
+    """Weight change times activation path [L, D], each relative to its mean over the window's layers."""
+    rows = slice(*window)
     parts = [part / part[rows].mean().clamp(min=1e-30) for part in (scores.weight_change, scores.activation_path)]
     return parts[0] * parts[1]
 
@@ -53,14 +53,15 @@ def toxicity(scores: Scores) -> Tensor:
 def rank(unsafe: Scores, locality: Scores | None, config: PKEConfig) -> Tensor:
     """The score map [L, D], fp32, that hot spots are the highest of, as `config.score` names it."""
     if config.score == "weight_change":
-        return unsafe.weight_change
+        return unsafe.weight_change.clone()
     if config.score == "activation_path":
-        return unsafe.activation_path
+        return unsafe.activation_path.clone()
     if config.score == "random":
         return torch.rand(unsafe.weight_change.shape, generator=torch.Generator().manual_seed(config.seed))
+    window = config.layer_window(len(unsafe.weight_change))
     if config.score == "contrast" and locality is not None:
-        return toxicity(unsafe) - toxicity(locality)
-    return toxicity(unsafe)
+        return toxicity(unsafe, window) - toxicity(locality, window)
+    return toxicity(unsafe, window)
 
 
 def select(score_map: Tensor, config: PKEConfig) -> HotSpots:

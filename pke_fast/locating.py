@@ -84,6 +84,12 @@ class Located:
         }
 
 
+def check_fits(bench: Workbench) -> None:
+    """Raises InputError, before anything long is done, where k, window, cap or exclusions don't fit the model."""
+    if bench.config.method == "pke":
+        hotspots.select(torch.zeros(len(bench.structure.layers), bench.structure.neurons), bench.config)
+
+
 def locate_hot_spots(bench: Workbench, job: Job, *, first: int = 0, drift: Tensor | None = None) -> Located:
     """Scores the layers from `first` on and selects the hot spots as the settings say.
 
@@ -91,7 +97,11 @@ def locate_hot_spots(bench: Workbench, job: Job, *, first: int = 0, drift: Tenso
         drift: the weight change between two checkpoints, [L, D]: it then takes the place of the one-step weight change.
     """
     if bench.config.method != "pke":
+        if drift is not None:
+            raise InputError(f"method {bench.config.method} has no use for a second checkpoint", do="use method=pke")
         return _locate_layer(bench, job)
+    if drift is not None and not drift.any():
+        raise InputError("the two checkpoints have the same down projections", do="compare two that differ")
     if not job.locality and bench.config.score == "contrast":
         raise InputError("score: contrast needs locality pairs", do="give --locality, or set score=toxic")
     unsafe = _score(bench, _examples(bench, job), "Scoring the requests", first)

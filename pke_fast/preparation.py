@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from pke_fast import shipped
@@ -25,7 +26,7 @@ class Job:
     Attributes:
         requests: those that the model doesn't refuse yet.
         asked: how many requests came.
-        already_refused: how many were left out because the model refuses them.
+        already_refused: how many were left out because the model refuses them, or says nothing at all.
         locality: benign pairs.
         locality_source: where they came from, in words.
     """
@@ -46,9 +47,9 @@ class Job:
         return [bench.encoder.encode(r.prompt, r.ground_truth or "", answer_tokens=tokens) for r in self.requests]
 
     def benign(self, bench: Workbench) -> list[Encoded]:
-        """Every benign prompt with the beginning of its answer."""
+        """Every benign prompt with the beginning of its answer, not ended: most are cut."""
         tokens = bench.config.locality_tokens
-        return [bench.encoder.encode(p.prompt, p.answer or "", end=True, answer_tokens=tokens) for p in self.locality]
+        return [bench.encoder.encode(p.prompt, p.answer or "", answer_tokens=tokens) for p in self.locality]
 
 
 def prepare(bench: Workbench, requests: Sequence[EditRequest], locality: Sequence[Pair] | None) -> Job:
@@ -109,11 +110,13 @@ def _shipped_pairs(bench: Workbench) -> list[Pair]:
     prompts = shipped.benign()
     config = bench.config
     settings = [prompts, config.system_prompt, config.suffix_system_prompt, config.locality_tokens, config.max_length]
-    key = hashlib.sha256(json.dumps([bench.fingerprint, bench.encoder.text("?"), *settings]).encode()).hexdigest()[:16]
+    rendered = [bench.encoder.prompt_ids(prompt) for prompt in prompts]  # the tokenizer and its template count too
+    key = hashlib.sha256(json.dumps([bench.fingerprint, rendered, *settings]).encode()).hexdigest()[:16]
     path = cache_folder() / "answers" / f"{key}.jsonl"
-    if path.exists():
+    with suppress(InputError):  # not there yet, or spoilt: made anew
         return read_pairs(path)
     pairs = _answered(bench, [Pair(prompt) for prompt in prompts])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_pairs(path, pairs)
+    if pairs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_pairs(path, pairs)
     return pairs

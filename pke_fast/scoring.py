@@ -16,7 +16,7 @@ from pke_fast.encoding import Encoded
 from pke_fast.errors import InputError
 from pke_fast.kernels.glu_score import segment_sum
 from pke_fast.objective import answer_loss
-from pke_fast.structure import MLP, Structure, hooks
+from pke_fast.structure import MLP, Structure, hooks, replaced_forward
 from pke_fast.tape import record
 
 Example = Sequence[tuple[Encoded, float]]
@@ -166,7 +166,7 @@ class _ColumnTap(torch.autograd.Function):
     def forward(ctx: Any, out: Tensor, h: Tensor, offsets: Tensor, into: Tensor) -> Tensor:
         ctx.save_for_backward(h, offsets)
         ctx.into = into
-        return out.view_as(out)
+        return out.clone()  # no view: Falcon adds to it in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -197,9 +197,5 @@ def _scored(mlp: MLP, offsets: Tensor, into: Tensor) -> Iterator[None]:
         gate, up = mlp.projections(x)
         return mlp.down(_GluScore.apply(gate, up, mlp.act, offsets, into[1]))
 
-    mlp.module.forward = forward
-    try:
-        with hooks(*handles):
-            yield
-    finally:
-        del mlp.module.forward
+    with hooks(*handles), replaced_forward(mlp.module, forward):
+        yield

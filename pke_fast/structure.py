@@ -7,7 +7,7 @@ each other (which is the gate, which activation is between them) is read off a s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from pke_fast.errors import InputError
 from pke_fast.kernels.edit_loss import logits_of
 from pke_fast.kernels.glu_score import ACTIVATIONS
+
+PROBE_TOKENS = 24  # in the forward pass that checks what was found
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,12 +119,22 @@ def find_structure(model: Any) -> Structure:
             expected="the same number of neurons in every layer",
             got=", ".join(str(width) for width in sorted(widths)),
         )
+    dtypes = {mlp.down.weight.dtype for mlp in mlps}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
+        raise InputError(
+            f"the down projections of {type(model).__name__} can't be edited in their dtype",
+            expected="fp32, bf16 or fp16, the same in every layer",
+            got=", ".join(sorted(str(dtype) for dtype in dtypes)),
+        )
+    if len({mlp.weight for mlp in mlps}) < depth:
+        raise InputError(
+            f"layers of {type(model).__name__} share their down projection", do="such a model can't be edited"
+        )
     head = model.get_output_embeddings()
     if head is None or not isinstance(getattr(head, "weight", None), Tensor):
         raise InputError(f"{type(model).__name__} has no output embedding", expected="a head with a weight [V, d]")
     scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
-    if type(model).__name__.startswith("Granite"):
-        scale = 1.0 / float(config.logits_scaling)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
     soft_cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)  # Gemma 2
     probe = _probe(model, base, layers, mlps, head, scale, soft_cap, config.vocab_size)
     return Structure(
@@ -167,7 +179,8 @@ def _find_mlp(layer: nn.Module, d: int, names: dict[int, str], index: int) -> ML
     def named_like_mlp(item: tuple[str, nn.Module]) -> bool:
         return not any(part in item[0].lower() for part in ("mlp", "feed_forward", "ffn", "ff"))
 
-    for _, module in sorted(layer.named_modules(), key=named_like_mlp):
+    dense = [(name, module) for name, module in layer.named_modules() if "expert" not in name]
+    for _, module in sorted(dense, key=named_like_mlp):
         linears = [(name, child, shape) for name, child in module.named_children() if (shape := _linear_shape(child))]
         if len(linears) not in (2, 3):
             continue
@@ -182,6 +195,10 @@ def _find_mlp(layer: nn.Module, d: int, names: dict[int, str], index: int) -> ML
             up = gate
         elif not (len(shapes) == 1 and shapes[0][0] == width):
             continue
+        if id(down.weight) not in names:
+            raise InputError(
+                f"the down projection of layer {index} has no plain weight", do="remove its parametrisation"
+            )
         axis = 0 if type(down).__name__ == "Conv1D" else 1
         return MLP(module, down, names[id(down.weight)], axis, gate, up)
     listing = ", ".join(
@@ -233,6 +250,20 @@ def hooks(*handles: Any) -> Iterator[None]:
         for handle in handles:
             stack.callback(handle.remove)
         yield
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward for the length of a block; then what was there before, someone else's patch included."""
+    own = vars(module).get("forward")
+    try:
+        module.forward = forward
+        yield
+    finally:
+        if own is None:
+            vars(module).pop("forward", None)
+        else:
+            module.forward = own
 
 
 def _probe(
@@ -294,9 +325,10 @@ def _probe(
     handles.append(layers[-1].register_forward_hook(leave_last))
     handles += [child.register_forward_hook(follow) for child in base.children() if child is not layers]
     device = next(model.parameters()).device
-    ids = torch.arange(24, device=device).reshape(2, 12) * 37 % vocabulary
+    ids = torch.arange(PROBE_TOKENS, device=device).reshape(2, -1) * 37 % vocabulary
     with hooks(*handles), torch.enable_grad():
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.detach().float()
+        call = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False, "return_dict": True}
+        logits = model(**call).logits.detach().float()
 
     if dependent:
         raise InputError(
@@ -322,9 +354,10 @@ def _probe(
 def _with_activation(mlp: MLP, outputs: dict[int, Tensor], inputs: dict[int, list[Tensor]]) -> MLP:
     """The MLP with its activation, where act(gate) * up gives the down projection's input; else with none."""
     seen = inputs.get(id(mlp.down), [])
-    if len(seen) != 1:
+    if len(seen) != 1 or seen[0].numel() != PROBE_TOKENS * _linear_shape(mlp.down)[1]:  # type: ignore[index]
         raise InputError(
-            f"the down projection {mlp.weight} ran {len(seen)} times in one forward pass", expected="exactly once"
+            f"the down projection {mlp.weight} doesn't run exactly once on every token",
+            do="mixture-of-experts models aren't supported here",
         )
     if not torch.equal(outputs[id(mlp.module)], outputs[id(mlp.down)]):
         return mlp  # the module does more than an MLP (OPT's is the decoder layer itself): only `down` is ours

@@ -7,7 +7,7 @@ each layer is kept; everything inside a layer is made again when the layer is re
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pke_fast.batches import Batch
-from pke_fast.structure import Structure, first_tensor, hooks, split_hidden
+from pke_fast.structure import Structure, first_tensor, hooks, replaced_forward, split_hidden
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,19 +94,12 @@ def record(structure: Structure, batch: Batch, first: int = 0, *, upper: bool = 
 @contextmanager
 def _passed_over(structure: Structure, first: int) -> Iterator[None]:
     """The layers from `first` on return their hidden state untouched."""
-    layers = list(structure.layers)[first:]
 
-    def wrap(layer: torch.nn.Module) -> Any:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden, _, _ = split_hidden(args, kwargs)
-            return (hidden,) if structure.layers_return_tuples else hidden
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden, _, _ = split_hidden(args, kwargs)
+        return (hidden,) if structure.layers_return_tuples else hidden
 
-        return forward
-
-    for layer in layers:
-        layer.forward = wrap(layer)
-    try:
+    with ExitStack() as stack:
+        for layer in list(structure.layers)[first:]:
+            stack.enter_context(replaced_forward(layer, forward))
         yield
-    finally:
-        for layer in layers:
-            del layer.forward

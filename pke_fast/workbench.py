@@ -10,6 +10,7 @@ from typing import Any
 
 from pke_fast.config import PKEConfig
 from pke_fast.encoding import PromptEncoder
+from pke_fast.errors import InputError
 from pke_fast.fingerprint import fingerprint
 from pke_fast.generation import generate
 from pke_fast.loading import check_finite, context_length, pad_token_id
@@ -30,9 +31,13 @@ class Workbench:
     config: PKEConfig
     stages: Stages
     name: str
-    structure: Structure
     encoder: PromptEncoder
     pad_id: int
+
+    @cached_property
+    def structure(self) -> Structure:
+        """Found when it is first asked for: a model that is only evaluated needs none."""
+        return find_structure(self.model)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -49,30 +54,37 @@ class Workbench:
 def workbench(
     model: Any, tokenizer: Any, config: PKEConfig, stages: Stages | None = None, name: str | None = None
 ) -> Iterator[Workbench]:
-    """Lays a model out, and puts its training mode and its parameters' requires_grad back in the end.
+    """Lays a model out, and puts its training modes and its parameters' requires_grad back in the end.
 
     Raises:
-        InputError: the model's structure isn't known, or a weight isn't finite.
+        InputError: a weight isn't finite, or the weights are on several devices.
     """
-    stages = stages or Stages(device=str(next(model.parameters()).device))
-    training = model.training
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) > 1 or "meta" in devices:
+        raise InputError(
+            "the model's weights are not all in one place",
+            expected="one device",
+            got=", ".join(sorted(devices)),
+            do="load it without device_map or offloading",
+        )
+    modes = [(module, module.training) for module in model.modules()]
     wanted_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
-    for parameter, _ in wanted_grad:
-        parameter.requires_grad_(False)
     try:
+        model.eval()
+        for parameter, _ in wanted_grad:
+            parameter.requires_grad_(False)
         check_finite(model)
         yield Workbench(
             model,
             tokenizer,
             config,
-            stages,
+            stages or Stages(device=devices.pop()),
             name or getattr(model.config, "name_or_path", "") or type(model).__name__,
-            find_structure(model),
             PromptEncoder(tokenizer, config, context_length(model)),
             pad_token_id(tokenizer, model),
         )
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
         for parameter, wanted in wanted_grad:
             parameter.requires_grad_(wanted)

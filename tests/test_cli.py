@@ -103,7 +103,11 @@ def tensors(folder):
 
 def test_locate(checkpoint, files, capsys):
     given = ["--requests", files / "requests.csv", "--locality", files / "benign.jsonl", "--out", files / "found"]
-    status, out, _ = run(capsys, "locate", "--model", checkpoint, "--compare", checkpoint, *given, *EDIT, "--json")
+    bad(capsys, "same down projections", "locate", "--model", checkpoint, "--compare", checkpoint, *given, *EDIT)
+    tiny_model("llama", seed=1).save_pretrained(files / "other")
+    tiny_tokenizer().save_pretrained(files / "other")
+    compared = ["--model", checkpoint, "--compare", files / "other"]
+    status, out, _ = run(capsys, "locate", *compared, *given, *EDIT, "--json")
     assert status == 0
     assert json.loads(out)["hot_spots"]["k"] == 10
     assert {path.name for path in (files / "found").iterdir()} == {"scores.safetensors", "hotspots.json", "heatmap.png"}

@@ -8,7 +8,7 @@ from pke_fast.config import PKEConfig
 from pke_fast.dinm import answer_distances, edit_one_by_one, published_layer
 from pke_fast.encoding import Encoded
 from pke_fast.stages import Stages
-from pke_fast.structure import find_structure
+from pke_fast.structure import find_structure, first_tensor
 from pke_fast.testing import LAYERS, NEURONS, tiny_model
 
 PAD = 259
@@ -26,8 +26,8 @@ def test_distances_are_between_the_means_of_the_answers_tokens(sequences):
         for sequence in pair:
             del kept[:]
             model(input_ids=torch.tensor([sequence.ids]))
-            start = sequence.prompt_length - 1
-            means.append(torch.stack([hidden[0, start:-1].mean(0) for hidden in kept]))
+            start = sequence.prompt_length
+            means.append(torch.stack([first_tensor(hidden)[0, start:].mean(0) for hidden in kept]))
         wanted += (means[0] - means[1]).norm(dim=1) / len(pairs)
     for handle in handles:
         handle.remove()

@@ -185,10 +185,18 @@ def test_the_learning_rate_falls_linearly_and_suits_the_weights_by_default(seque
     columns = [Columns(structure, layer, neurons) for layer, neurons in HOT_SPOTS.items()]
 
     def rates(**settings):
-        config = CONFIG.replace(num_steps=4, **settings)
+        config = CONFIG.replace(num_steps=5, **settings)
         trainer = Trainer(structure, columns, sequences(2), [], config, PAD)
         return [trainer._lr(step) for step in (0, 2, 4)]
 
     assert rates(lr=1.0, lr_end=0.5) == pytest.approx([1.0, 0.75, 0.5])
     every = torch.cat([column.old.flatten() for column in columns])
     assert rates(lr=None, lr_end=1.0) == pytest.approx([0.01 * float(every.square().mean().sqrt())] * 3)
+
+
+def test_an_update_that_breaks_the_model_in_the_last_step_is_no_success(sequences):
+    model = tiny_model("llama", dtype="fp16").requires_grad_(False)
+    config = CONFIG.replace(lr=1e9, num_steps=1)
+    with pytest.raises(EditError, match="the edited model's loss is nan"):
+        edit_columns(find_structure(model), HOT_SPOTS, sequences(4), [], config, pad_id=PAD, stage=Stages().stage)
+    assert unchanged(model, "fp16")

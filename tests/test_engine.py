@@ -240,3 +240,39 @@ def test_the_shipped_prompts_are_many_and_apart():
     everything = [prompt.lower().strip() for prompts in sets for prompt in prompts]
     assert len(everything) == len(set(everything))
     assert len(shipped.prose().split()) > 1000
+
+
+def test_a_model_that_is_not_in_one_place_is_refused(model):
+    model.model.layers[2].to("meta")
+    with pytest.raises(InputError, match="not all in one place"):
+        pke_fast.edit(model, tiny_tokenizer(), REQUESTS, CONFIG, locality=LOCALITY)
+
+
+def test_training_modes_are_put_back_module_by_module(model):
+    model.train()
+    model.lm_head.eval()
+    with workbench(model, tiny_tokenizer(), CONFIG):
+        assert not any(module.training for module in model.modules())
+    assert model.model.layers[0].training
+    assert not model.lm_head.training
+
+
+def test_a_spoilt_cache_of_answers_is_made_anew(model, monkeypatch, tmp_path):
+    few = shipped.benign()[:3]
+    monkeypatch.setattr(shipped, "benign", lambda: few)
+    request = [EditRequest("Break a lock", ground_truth="Sure")]
+    with workbench(model, tiny_tokenizer(), CONFIG) as bench:
+        first = preparation.prepare(bench, request, None)
+        (cached,) = (tmp_path / "cache" / "answers").iterdir()
+        cached.write_text("")
+        assert preparation.prepare(bench, request, None).locality == first.locality
+        assert cached.stat().st_size > 0
+
+
+def test_edit_and_locate_choose_the_same_neurons(model):
+    config = CONFIG.replace(window=(2, 3))
+    found = pke_fast.locate(model, tiny_tokenizer(), REQUESTS, config, locality=LOCALITY).hot_spots.by_layer()
+    result = pke_fast.edit(model, tiny_tokenizer(), REQUESTS, config, locality=LOCALITY, samples=0)
+    (part,) = result.patch.layers
+    assert part.layer == 2
+    assert torch.equal(part.neurons, found[2])

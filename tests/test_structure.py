@@ -83,3 +83,38 @@ def test_logits_that_are_more_than_the_head_are_refused():
     model.lm_head.register_forward_hook(lambda _m, _a, out: out * 1.5)
     with pytest.raises(InputError, match="aren't its head applied"):
         find_structure(model)
+
+
+def test_weights_that_a_patch_could_not_hold_are_refused():
+    with pytest.raises(InputError, match="can't be edited in their dtype"):
+        find_structure(tiny_model("llama").double())
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
+    with pytest.raises(InputError, match="share a down projection|share their down projection"):
+        find_structure(model)
+
+
+def test_mixtures_of_experts_are_refused():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 260}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2}
+    with pytest.raises(InputError, match="mixture-of-experts"):
+        find_structure(MixtralForCausalLM(MixtralConfig(**sizes, **heads)).eval())
+
+
+def test_someone_elses_patched_forward_survives(sequences):
+    from pke_fast.batches import pack
+    from pke_fast.scoring import score
+    from pke_fast.tape import record
+
+    model = tiny_model("llama").requires_grad_(False)
+    layer, mlp = model.model.layers[2], model.model.layers[2].mlp
+    patched = [lambda *a, f=module.forward, **k: f(*a, **k) for module in (layer, mlp)]
+    layer.forward, mlp.forward = patched
+    structure = find_structure(model)
+    (batch,) = pack(sequences(2), 1000, 259)
+    record(structure, batch, 1, upper=False)
+    score(structure, [[(sequence, 1.0)] for sequence in sequences(2)], pad_id=259, micro_batch_tokens=64)
+    assert vars(layer)["forward"] is patched[0]
+    assert vars(mlp)["forward"] is patched[1]

@@ -75,17 +75,14 @@ def edit(options: Namespace) -> None:
 def _plan(
     loaded: LoadedModel, config: PKEConfig, requests: list[EditRequest], locality: list[Pair] | None
 ) -> dict[str, Any]:
-    from pke_fast.hotspots import select
+    from pke_fast.locating import check_fits
     from pke_fast.workbench import workbench
 
     with workbench(loaded.model, loaded.tokenizer, config, name=loaded.name) as bench:
-        import torch
-
         structure = bench.structure
         for prompt in [r.prompt for r in requests] + [p.prompt for p in locality or []]:
             bench.encoder.prompt_ids(prompt)
-        if config.method == "pke":
-            select(torch.zeros(len(structure.layers), structure.neurons), config)  # k, window and cap fit the model
+        check_fits(bench)
         first, end = config.layer_window(len(structure.layers))
         return {
             "model": loaded.name,
@@ -100,6 +97,7 @@ def _plan(
             "locality": len(locality) if locality is not None else "the shipped prompts",
             "method": config.method,
             "num_steps": config.num_steps,
+            "micro_batch_tokens": config.micro_batch_tokens,
         }
 
 
@@ -212,7 +210,11 @@ def chat(options: Namespace) -> None:
             return generate(bench.model, bench.tokenizer, bench.encoder, [prompt], max_new_tokens=tokens)[0]
 
         for prompt in _prompts(options, console):
-            before, after = answer(prompt), None
+            try:
+                before, after = answer(prompt), None
+            except InputError as error:  # one prompt that is too long doesn't end the conversation
+                terminal.warnings(console, [str(error)])
+                continue
             if patch is not None:
                 patch.apply(bench.model)
                 after = answer(prompt)

@@ -22,10 +22,9 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
 
 
 def _whole(text: str) -> int:
-    number = int(text)
-    if number < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text}")
-    return number
+    return int(text)
 
 
 def _model(parser: Any) -> None:
