@@ -223,23 +223,30 @@ class Trainer:
             total += float(loss.detach())
         return total
 
-    @torch.no_grad()
-    def edit_loss(self) -> float:
+    def edit_loss(self, advance: Callable[[int], None] = lambda _n: None) -> float:
         """The mean loss of the safe answers over all requests, with the weights as they are."""
-        return _mean([(self._edit_loss(m, 0.0), m.size) for m in self.requests])
+        return self._over_all(self.requests, self._edit_loss, advance)
 
     @torch.no_grad()
-    def locality_loss(self) -> float:
-        """The mean KL to the unedited model over all locality pairs, with the weights as they are."""
-        return _mean([(self._locality_loss(m, 0.0), m.size) for m in self.locality])
+    def _over_all(
+        self,
+        minibatches: Sequence[_Minibatch],
+        loss: Callable[[_Minibatch, float], float],
+        advance: Callable[[int], None],
+    ) -> float:
+        total = 0.0
+        for minibatch in minibatches:
+            total += loss(minibatch, 0.0) * minibatch.size
+            advance(minibatch.size)
+        return total / max(1, sum(minibatch.size for minibatch in minibatches))
 
-    def final_losses(self) -> Losses:
+    def final_losses(self, advance: Callable[[int], None] = lambda _n: None) -> Losses:
         """Both losses over everything, with the weights as they will stay.
 
         Raises:
             EditError: one of them isn't finite.
         """
-        losses = Losses(self.edit_loss(), self.locality_loss())
+        losses = Losses(self.edit_loss(advance), self._over_all(self.locality, self._locality_loss, advance))
         if not math.isfinite(losses.edit + losses.kl):
             raise EditError(f"the edited model's loss is {losses.edit}; the weights were put back", do=GENTLER)
         return losses
@@ -286,10 +293,6 @@ def _good_enough(recent: Sequence[Step], config: PKEConfig) -> bool:
     return len(recent) == STOP_WINDOW and edit < config.stop_loss and kl < config.stop_kl
 
 
-def _mean(values: Sequence[tuple[float, int]]) -> float:
-    return sum(value * size for value, size in values) / max(1, sum(size for _, size in values))
-
-
 @contextmanager
 def put_back_on_failure(columns: Sequence[Columns]) -> Iterator[None]:
     """An exception inside, Ctrl-C too, leaves the weights as they were before."""
@@ -324,8 +327,8 @@ def edit_columns(
     with put_back_on_failure(columns):
         with stage("Running the layers below, once", len(requests) + len(locality)) as advance:
             trainer = Trainer(structure, columns, requests, locality, config, pad_id, advance)
-        with stage("Measuring the losses before", 1):
-            before = Losses(trainer.edit_loss(), 0.0)  # the KL of a model to itself
+        with stage("Measuring the losses before", len(requests)) as advance:
+            before = Losses(trainer.edit_loss(advance), 0.0)  # the KL of a model to itself
         steps: list[Step] = []
         stopped = f"all {config.num_steps} steps were made"
         with stage("Editing the hot spots", config.num_steps) as advance:
@@ -335,6 +338,6 @@ def edit_columns(
                 if _good_enough(steps[-STOP_WINDOW:], config):
                     stopped = f"over {STOP_WINDOW} steps, the losses fell below stop_loss and stop_kl"
                     break
-        with stage("Measuring the losses after", 1):
-            after = trainer.final_losses()
+        with stage("Measuring the losses after", len(requests) + len(locality)) as advance:
+            after = trainer.final_losses(advance)
         return Outcome(tuple(column.patch() for column in columns), tuple(steps), before, after, stopped)

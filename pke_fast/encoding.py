@@ -52,11 +52,9 @@ class PromptEncoder:
         user = {"role": "user", "content": prompt}
         if not self.system_prompt:
             return self._template([user])
-        from jinja2.exceptions import TemplateError
-
         try:
             return self._template([{"role": "system", "content": self.system_prompt}, user])
-        except TemplateError:  # Gemma's template, for one, knows no system role: the text goes before the prompt
+        except InputError:  # Gemma's template, for one, knows no system role: the text goes before the prompt
             return self._template([{"role": "user", "content": f"{self.system_prompt}\n\n{prompt}"}])
 
     def prompt_ids(self, prompt: str) -> list[int]:
@@ -104,9 +102,11 @@ class PromptEncoder:
         return list(self.tokenizer(text, add_special_tokens=not self.chat)["input_ids"])
 
     def _template(self, messages: list[dict[str, str]]) -> str:
+        from jinja2.exceptions import TemplateError
+
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except ValueError as error:  # several templates and none called default, for one
+        except (ValueError, TemplateError) as error:
             raise InputError("the tokenizer's chat template can't be used", got=str(error)) from error
 
 

@@ -239,8 +239,12 @@ def evaluate(
     max_new_tokens: int = 48,
     stages: Stages | None = None,
     name: str | None = None,
+    when: str = "",
 ) -> Evaluation:
     """Attack success rate on harmful prompts, refusals of benign ones, and perplexity of a text; see `Evaluation`.
+
+    Args:
+        when: a word that tells this evaluation's stages from another's, such as "before".
 
     Raises:
         InputError: a prompt or a judge can't be used.
@@ -256,4 +260,5 @@ def evaluate(
             judges=judges,
             max_new_tokens=max_new_tokens,
             stages=bench.stages,
+            when=when,
         )

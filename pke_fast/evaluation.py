@@ -51,6 +51,7 @@ def evaluate_model(
     judges: Sequence[str] = ("advbench", "jailbreakbench"),
     max_new_tokens: int = 48,
     stages: Stages,
+    when: str = "",
 ) -> Evaluation:
     """Generates greedy answers, judges them, and measures the perplexity of a text.
 
@@ -59,6 +60,7 @@ def evaluate_model(
         text: its first 20,000 tokens count; None for no perplexity.
         judges: names of judges, each with a rate of its own.
         stages: runs the parts, for progress and cost.
+        when: a word that tells this evaluation's stages from another's, such as "before".
 
     Raises:
         InputError: before anything is generated: an unknown judge or none, an empty set, a prompt that is too long,
@@ -79,14 +81,15 @@ def evaluate_model(
             encoder.prompt_ids(prompt)  # a prompt that is too long is found now, not minutes later
     windows = None if text is None else text_windows(model, tokenizer, text)
 
+    suffix = f", {when}" if when else ""
     generations: list[dict[str, Any]] = []
     for name, prompts in sets.items():
-        with stages.stage(f"answering {name} prompts", len(prompts)) as advance:
+        with stages.stage(f"Answering {name} prompts{suffix}", len(prompts)) as advance:
             answers = generate(model, tokenizer, encoder, prompts, max_new_tokens=max_new_tokens, advance=advance)
         generations += [_judged(name, *pair, chosen) for pair in zip(prompts, answers, strict=True)]
     figures = None
     if windows is not None:
-        with stages.stage("perplexity", sum(map(len, windows))) as advance:
+        with stages.stage(f"Reading plain text{suffix}", sum(map(len, windows))) as advance:
             figures = {"perplexity": windows_perplexity(model, windows, advance=advance)}
     settings = {
         "judges": [judge.name for judge in chosen],

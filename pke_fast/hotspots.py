@@ -80,7 +80,7 @@ def select(score_map: Tensor, config: PKEConfig) -> HotSpots:
                 f"excluded neuron {name} doesn't exist", expected=f"layers 0 to {depth - 1}, neurons 0 to {width - 1}"
             )
         exclude[layer, neuron] = 1
-    free = (exclude[first:end] == 0).sum(1).clamp(max=config.per_layer_cap or width)
+    free = (exclude[first:end] == 0).sum(1).clamp(max=min(config.per_layer_cap or width, width))
     if config.k > int(free.sum()):
         raise InputError(
             f"k = {config.k} is more than there are neurons to choose from",
@@ -89,6 +89,6 @@ def select(score_map: Tensor, config: PKEConfig) -> HotSpots:
             do="lower k, widen the window or raise per_layer_cap",
         )
     layer_ptr, neurons, _ = torch.ops.pke_fast.select_hotspots(
-        score_map.float().cpu(), config.k, first, end, config.per_layer_cap or 0, exclude, float("-inf")
+        score_map.float().cpu(), config.k, first, end, min(config.per_layer_cap or 0, width), exclude, float("-inf")
     )
     return HotSpots(layer_ptr, neurons)

@@ -117,6 +117,5 @@ def _shipped_pairs(bench: Workbench) -> list[Pair]:
         return read_pairs(path)
     pairs = _answered(bench, [Pair(prompt) for prompt in prompts])
     if pairs:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_pairs(path, pairs)
     return pairs

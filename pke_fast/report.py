@@ -102,7 +102,7 @@ from pke_fast.loading import load_model
 
 model = load_model({model!r}, dtype={dtype!r}).model
 patch = pke_fast.Patch.load("patch.safetensors")
-patch.apply(model)     # refuses any other base
+patch.apply(model)     # refuses other values in the edited columns
 patch.revert(model)    # exact to the bit"""
 
 

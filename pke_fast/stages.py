@@ -119,4 +119,5 @@ def _bar(name: str, total: int | None, show: bool | None) -> Iterator[Advance]:
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         task = progress.add_task(name, total=total)
         yield lambda n: progress.advance(task, n)
-        progress.update(task, total=progress.tasks[0].completed if total is None else total)
+        if total:
+            progress.update(task, completed=total)

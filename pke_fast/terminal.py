@@ -33,6 +33,9 @@ def edit_summary(console: Console, report: Mapping[str, Any], folder: Path, *, r
     """All that an edit found out, in the order in which one asks; warnings come last, where they are seen."""
     _heading(console, "Done")
     _print(console, summary(report), indent=2)
+    refused = (report.get("requests") or {}).get("already_refused")
+    if refused:
+        _print(console, f"{refused:,} requests were left out: the model refuses them already.", indent=2)
     evaluated = report.get("evaluation")
     if evaluated:
         before_after(console, evaluated["before"], evaluated["after"])

@@ -150,8 +150,8 @@ def test_evaluation_of_a_real_model() -> None:
     assert result.settings["judges"] == ["advbench", "jailbreakbench"]
     assert result.settings["max_new_tokens"] == 4
     assert [stage.name for stage in stages.done] == [
-        "answering harmful prompts",
-        "answering benign prompts",
+        "Answering harmful prompts",
+        "Answering benign prompts",
         "perplexity",
     ]
 

@@ -31,7 +31,7 @@ def run(options: Namespace) -> None:
     loaded = load_model(options.model, options.device, options.dtype, stages=Stages())
     stages = Stages(device=loaded.device)
 
-    def measure() -> Evaluation:
+    def measure(when: str) -> Evaluation:
         return engine.evaluate(
             loaded.model,
             loaded.tokenizer,
@@ -42,9 +42,10 @@ def run(options: Namespace) -> None:
             judges=list(JUDGES),
             max_new_tokens=ANSWER_TOKENS,
             stages=stages,
+            when=when,
         )
 
-    before = measure()
+    before = measure("before")
     result = engine.edit(
         loaded.model,
         loaded.tokenizer,
@@ -55,7 +56,7 @@ def run(options: Namespace) -> None:
         source="the shipped harmful requests",
         samples=0,  # the evaluation's answers are shown instead
     )
-    after = measure()
+    after = measure("after")
     report = result.report
     report["evaluation"] = {"before": before.as_dict(), "after": after.as_dict()}
     report["samples"] = _samples(before, after, {"harmful": harmful, "benign": [*alike[:1], *plain]})

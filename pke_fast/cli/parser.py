@@ -16,6 +16,8 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
     """`commands.NAME`, imported when it runs: `--help` and `--version` stay instant."""
 
     def run(options: argparse.Namespace) -> None:
+        import numpy  # noqa: F401  torch starts this import from C++, where a Ctrl-C would be lost
+
         getattr(import_module("pke_fast.cli.commands"), name)(options)
 
     return run
@@ -100,7 +102,12 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--benign", required=True, metavar="FILE", help="prompts that should be answered")
     evaluate.add_argument("--text", metavar="FILE", help="plain text for the perplexity")
     evaluate.add_argument(
-        "--judge", nargs="+", default=None, metavar="NAME", help="refusal judges (default: all built in)"
+        "--judge",
+        nargs="+",
+        action="extend",
+        default=None,
+        metavar="NAME",
+        help="refusal judges (default: all)",
     )
     evaluate.add_argument("--limit", type=_whole, metavar="N", help="the first N prompts of each file")
     evaluate.add_argument(
