@@ -152,7 +152,7 @@ def test_evaluation_of_a_real_model() -> None:
     assert [stage.name for stage in stages.done] == [
         "Answering harmful prompts",
         "Answering benign prompts",
-        "perplexity",
+        "Reading plain text",
     ]
 
 
