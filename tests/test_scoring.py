@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,11 +99,29 @@ def test_half_precision_is_near_fp32(dtype, sequences):
     assert relative(ours.activation_path, truth.activation_path) < 8 * eps
 
 
-def test_two_processes_add_up_to_one(sequences):
+HALF = """
+import sys, torch
+from pke_fast.encoding import Encoded
+from pke_fast.scoring import score
+from pke_fast.structure import find_structure
+from pke_fast.testing import tiny_model
+
+examples = [[(Encoded(tuple(ids), length), 1.0)] for ids, length in torch.load(sys.argv[1])]
+scores = score(find_structure(tiny_model("llama").requires_grad_(False)), examples, pad_id=259, micro_batch_tokens=64)
+torch.save([scores.weight_change, scores.activation_path, scores.requests], sys.argv[2])
+"""
+
+
+def test_two_processes_add_up_to_one(sequences, tmp_path):
+    made = sequences(7)
     structure = find_structure(tiny_model("llama").requires_grad_(False))
-    examples = [[(sequence, 1.0)] for sequence in sequences(7)]
-    whole = score(structure, examples, pad_id=PAD, micro_batch_tokens=64)
-    parts = [score(structure, part, pad_id=PAD, micro_batch_tokens=64) for part in (examples[:3], examples[3:])]
+    whole = score(structure, [[(sequence, 1.0)] for sequence in made], pad_id=PAD, micro_batch_tokens=64)
+    parts = []
+    for name, half in (("a", made[:3]), ("b", made[3:])):
+        asked, told = tmp_path / name, tmp_path / f"{name}.out"
+        torch.save([(list(sequence.ids), sequence.prompt_length) for sequence in half], asked)
+        subprocess.run([sys.executable, "-c", HALF, str(asked), str(told)], check=True)
+        parts.append(Scores(*torch.load(told)))
     total = parts[0] + parts[1]
     assert total.requests == 7
     torch.testing.assert_close(total.weight_change, whole.weight_change, rtol=1e-5, atol=1e-7)

@@ -234,6 +234,8 @@ def _prompts(options: Namespace, console: Console) -> Any:
             prompt = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise InputError("the prompts are not UTF-8", got=str(error), do="convert them to UTF-8") from error
         if not prompt:
             return
         yield prompt
