@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import pke_fast.ops  # noqa: F401  registers torch.ops.pke_fast
-from pke_fast.batches import pack
+from pke_fast.batches import Batch, pack
 from pke_fast.encoding import Encoded
 from pke_fast.errors import InputError
 from pke_fast.kernels.glu_score import segment_sum
@@ -79,19 +79,7 @@ def score(
     signs = torch.tensor([sign for example in examples for _, sign in example])
     groups = [index for index, example in enumerate(examples) for _ in example]
     for batch in pack(sequences, micro_batch_tokens, pad_id, groups):
-        tape = record(structure, batch, first)
-        assert tape.top is not None
-        offsets = batch.group_offsets().to(device)
-        top = tape.top.detach().requires_grad_()
-        weights = tape.batch.answer_weights(sign=signs[list(batch.rows)].to(device))
-        with torch.enable_grad():
-            loss = answer_loss(structure, tape.supervised(top), tape.batch, weights)
-        (grad,) = torch.autograd.grad(loss, top)
-        for layer in range(depth - 1, first - 1, -1):
-            entered = tape.hidden[layer - first].detach().requires_grad_()
-            with _scored(structure.mlps[layer], offsets, sums[:, layer]), torch.enable_grad():
-                left = tape.replay(layer, entered)
-                (grad,) = torch.autograd.grad(left, entered, grad)
+        _score_batch(structure, batch, signs[list(batch.rows)], first, sums)
         advance(len(set(batch.groups)))
     if not torch.isfinite(sums).all():
         layer = int((~torch.isfinite(sums)).any(0).any(1).nonzero()[0, 0])
@@ -100,6 +88,23 @@ def score(
         )
     means = (sums / max(1, len(examples))).cpu()
     return Scores(means[0], means[1], len(examples), first)
+
+
+def _score_batch(structure: Structure, batch: Batch, signs: Tensor, first: int, sums: Tensor) -> None:
+    """Adds one micro-batch's weight changes to sums[0] and its paths to sums[1]; nothing else outlives it."""
+    tape = record(structure, batch, first)
+    assert tape.top is not None
+    offsets = batch.group_offsets().to(structure.device)
+    top = tape.top.detach().requires_grad_()
+    weights = tape.batch.answer_weights(sign=signs.to(structure.device))
+    with torch.enable_grad():
+        loss = answer_loss(structure, tape.supervised(top), tape.batch, weights)
+    (grad,) = torch.autograd.grad(loss, top)
+    for layer in range(len(structure.layers) - 1, first - 1, -1):
+        entered = tape.hidden.pop().detach().requires_grad_()  # not needed again
+        with _scored(structure.mlps[layer], offsets, sums[:, layer]), torch.enable_grad():
+            left = tape.replay(layer, entered)
+            (grad,) = torch.autograd.grad(left, entered, grad)
 
 
 def drift(before: Structure, after: Structure) -> Tensor:
