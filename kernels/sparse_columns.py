@@ -1,4 +1,10 @@
-"""sparse_column_grad and sparse_column_update: gradient and Adam on the selected columns of a down projection alone."""
+"""Gradient, Adam and in-place writes for selected neurons alone: columns of a down projection, rows of gate or up.
+
+A neuron's column of the down projection has the gradient G^T h_i with G = dL/d(output) and h its activations; its row
+of the gate projection has X^T g_i with X the projection's input and g = dL/d(gate). Both are sums over tokens of an outer
+product, so the same ops serve both: [T, d] beside [T, n]. A weight holds neurons as columns, [d, D] (axis 1: a Linear's
+down projection), or as rows, [D, d] (axis 0: a Conv1D's down projection; a Linear's gate or up projection).
+"""
 
 from __future__ import annotations
 
@@ -10,8 +16,8 @@ def reference_grad(grad_out: Tensor, h: Tensor, into: Tensor) -> None:
     """Adds the selected columns' gradient, h^T G, to `into`.
 
     Args:
-        grad_out: G = dL/d(down projection's output) [T, d].
-        h: the selected neurons' activations [T, n].
+        grad_out: G = dL/d(down projection's output) [T, d], bf16, fp16 or fp32.
+        h: the selected neurons' activations [T, n], in the same dtype.
         into: fp32 [n, d], accumulated in place.
     """
     into.addmm_(h.float().T, grad_out.float())
@@ -56,11 +62,46 @@ def reference_update(
     master.addcdiv_(moment1, denominator, value=-lr / (1 - beta1**step))
     if bound != float("inf"):
         torch.clamp(master, old - bound, old + bound, out=master)
-    write_columns(weight, axis, neurons, master)
+    reference_write(weight, axis, neurons, master)
 
 
-def write_columns(weight: Tensor, axis: int, neurons: Tensor, values: Tensor) -> None:
-    """Replaces the neurons' columns (axis 1) or rows (axis 0) of `weight` by `values` [n, d], rounded to its dtype."""
+def reference_step(
+    weight: Tensor,
+    axis: int,
+    neurons: Tensor,
+    old: Tensor,
+    master: Tensor,
+    moment1: Tensor,
+    moment2: Tensor,
+    grad_out: Tensor,
+    h: Tensor,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    bound: float,
+) -> None:
+    """`reference_grad` and `reference_update` in one, for an optimiser step of one micro-batch: no gradient is kept.
+
+    Args:
+        grad_out, h: as for `reference_grad`; the others as for `reference_update`.
+    """
+    grad = torch.zeros_like(master)
+    reference_grad(grad_out, h, grad)
+    state = (old, master, moment1, moment2)
+    reference_update(weight, axis, neurons, *state, grad, step, lr, beta1, beta2, eps, weight_decay, bound)
+
+
+def reference_write(weight: Tensor, axis: int, neurons: Tensor, values: Tensor) -> None:
+    """Replaces the neurons' columns (axis 1) or rows (axis 0) of `weight` by `values`, rounded to its dtype.
+
+    Args:
+        weight: [d, D] (axis 1) or [D, d] (axis 0), changed in place and nowhere else.
+        neurons: int64 [n], each once.
+        values: [n, d], any float dtype.
+    """
     values = values.to(weight.dtype)
     weight.index_copy_(axis, neurons, values.T if axis == 1 else values)
 

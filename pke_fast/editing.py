@@ -16,7 +16,7 @@ from pke_fast.batches import pack
 from pke_fast.config import PKEConfig
 from pke_fast.encoding import Encoded
 from pke_fast.errors import EditError
-from pke_fast.kernels.sparse_columns import read_columns, write_columns
+from pke_fast.kernels.sparse_columns import read_columns
 from pke_fast.objective import answer_loss, locality_loss
 from pke_fast.patch import LayerPatch
 from pke_fast.structure import Structure, hooks
@@ -108,7 +108,7 @@ class Columns:
         self.grad.zero_()
 
     def restore(self) -> None:
-        write_columns(self.weight, self.mlp.axis, self.neurons, self.exact)
+        torch.ops.pke_fast.write_columns(self.weight, self.mlp.axis, self.neurons, self.exact)
 
     def patch(self) -> LayerPatch:
         new = read_columns(self.weight, self.mlp.axis, self.neurons)

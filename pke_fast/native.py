@@ -35,3 +35,8 @@ def problem() -> str | None:
     except PKEError as error:
         return f"{error.what}: {error.__cause__}"
     return None
+
+
+def cuda_architectures() -> list[str]:
+    """What the extension's CUDA part was compiled for, as "sm_90"; empty without one, or without the extension."""
+    return [] if problem() else list(getattr(library(), "cuda_architectures", []))

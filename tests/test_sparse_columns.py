@@ -1,0 +1,158 @@
+"""sparse_column_grad, sparse_column_update, sparse_column_step and write_columns: every form against fp64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from pke_fast.kernels.sparse_columns import read_columns
+from pke_fast.proving import assert_as_accurate, poisoned_memory
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ADAM = {"lr": 0.01, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+class Problem:
+    """Selected neurons of one weight with their optimiser state, on one device."""
+
+    def __init__(self, form, axis: int, dtype: torch.dtype, hidden: int = 37, neurons: int = 50, n: int = 9) -> None:
+        shape = (hidden, neurons) if axis == 1 else (neurons, hidden)
+        self.weight, self.axis = normal(*shape, dtype=dtype).to(form.device), axis
+        self.untouched = self.weight.clone()
+        order = torch.randperm(neurons, generator=torch.Generator().manual_seed(1))
+        self.neurons, self.others = (part.sort().values.to(form.device) for part in (order[:n], order[n:]))
+        self.old = read_columns(self.weight, axis, self.neurons).float()
+        self.state = [self.old.clone(), torch.zeros_like(self.old), torch.zeros_like(self.old)]
+
+    def update(
+        self, grad: Tensor, step: int, weight_decay: float = 0.0, bound: float = math.inf, **adam: float
+    ) -> None:
+        rest = (step, *{**ADAM, **adam}.values(), weight_decay, bound)
+        with poisoned_memory():
+            torch.ops.pke_fast.sparse_column_update(
+                self.weight, self.axis, self.neurons, self.old, *self.state, grad, *rest
+            )
+
+    def step(self, grad_out: Tensor, h: Tensor, step: int) -> None:
+        rest = (step, *ADAM.values(), 0.0, math.inf)
+        with poisoned_memory():
+            torch.ops.pke_fast.sparse_column_step(
+                self.weight, self.axis, self.neurons, self.old, *self.state, grad_out, h, *rest
+            )
+
+    def check_written(self) -> None:
+        """The neurons hold the master, rounded once; nothing else has moved by a bit."""
+        written = read_columns(self.weight, self.axis, self.neurons)
+        assert torch.equal(written, self.state[0].to(self.weight.dtype))
+        kept = [w.index_select(self.axis, self.others) for w in (self.weight, self.untouched)]
+        assert torch.equal(*kept)
+
+
+@pytest.mark.op("sparse_column_grad")
+@pytest.mark.parametrize("shape", [(10, 6, 4), (1, 1, 1), (63, 576, 33), (257, 40, 130), (5, 7, 0), (0, 7, 3)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grad_accumulates(form, shape, dtype) -> None:
+    tokens, hidden, n = shape
+    grad, h = normal(tokens, hidden, dtype=dtype), normal(tokens, n, seed=1, dtype=dtype)
+    into = normal(n, hidden, seed=2)
+    ours = into.to(form.device, copy=True)
+    torch.ops.pke_fast.sparse_column_grad(grad.to(form.device), h.to(form.device), ours)
+    truth = into.double() + h.double().T @ grad.double()
+    assert_as_accurate(ours, into + (h.T @ grad).float(), truth)
+
+
+@pytest.mark.op("sparse_column_grad")
+def test_grad_takes_strided_rows(form) -> None:
+    grad, h = normal(30, 24), normal(30, 8, seed=1)
+    results = []
+    for g, x in ((grad, h), (torch.cat([grad, grad], 1)[:, 24:], h.T.contiguous().T)):
+        into = torch.zeros(8, 24, device=form.device)
+        torch.ops.pke_fast.sparse_column_grad(g.to(form.device), x.to(form.device), into)
+        results.append(into)
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.op("sparse_column_update")
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_update_is_torchs_adam_and_touches_nothing_else(form, axis, dtype) -> None:
+    problem = Problem(form, axis, dtype)
+    parameters = [problem.old.detach().cpu().to(d, copy=True).requires_grad_() for d in (torch.float32, torch.float64)]
+    optimisers = [torch.optim.Adam([p], lr=0.01) for p in parameters]
+    for step in range(1, 4):
+        grad = normal(9, 37, seed=step)
+        for parameter, adam in zip(parameters, optimisers, strict=True):
+            parameter.grad = grad.to(parameter.dtype)
+            adam.step()
+        problem.update(grad.to(form.device), step)
+    assert_as_accurate(problem.state[0], parameters[0].detach(), parameters[1].detach(), "master")
+    problem.check_written()
+
+
+@pytest.mark.op("sparse_column_update")
+def test_bound_and_decay_hold_the_change_back(form) -> None:
+    problem = Problem(form, 1, torch.float32)
+    grad = normal(9, 37, seed=5).to(form.device)
+    problem.update(grad, 1, bound=0.125, lr=1.0)
+    change = (problem.state[0] - problem.old).abs()
+    torch.testing.assert_close(change, torch.full_like(change, 0.125))
+    problem.check_written()
+    moved = problem.state[0].clone()
+    problem.state[1].zero_()
+    problem.update(torch.zeros_like(grad), 1, weight_decay=0.5, bound=9.0, lr=1.0)
+    torch.testing.assert_close(problem.state[0] - problem.old, (moved - problem.old) / 2)  # it pulls to the old values
+
+
+@pytest.mark.op("sparse_column_step")
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 130])
+def test_step_is_grad_and_update_in_one(form, axis, dtype, tokens) -> None:
+    one, two = Problem(form, axis, dtype), Problem(form, axis, dtype)
+    for step in (1, 2):
+        grad_out = normal(tokens, 37, seed=step, dtype=dtype).to(form.device)
+        h = normal(tokens, 9, seed=9 + step, dtype=dtype).to(form.device)
+        one.step(grad_out, h, step)
+        grad = torch.zeros_like(two.old)
+        torch.ops.pke_fast.sparse_column_grad(grad_out, h, grad)
+        two.update(grad, step)
+        # Adam's steps have the size of lr whatever the gradient's: a gradient near 0 may turn its sign by rounding.
+        torch.testing.assert_close(one.state[1], two.state[1], rtol=1e-4, atol=1e-5)
+        off = (one.state[0] - two.state[0]).norm() / (two.state[0] - two.old).norm()
+        assert float(off) < 1e-3
+        one.check_written()
+
+
+@pytest.mark.op("write_columns")
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_write_replaces_and_can_be_taken_back(form, axis, dtype) -> None:
+    problem = Problem(form, axis, dtype)
+    exact = read_columns(problem.weight, axis, problem.neurons)
+    new = normal(9, 37, seed=3).to(form.device)
+    torch.ops.pke_fast.write_columns(problem.weight, axis, problem.neurons, new)
+    problem.state[0] = new
+    problem.check_written()
+    torch.ops.pke_fast.write_columns(problem.weight, axis, problem.neurons, exact)
+    assert torch.equal(problem.weight, problem.untouched)
+
+
+@pytest.mark.op("write_columns")
+def test_write_into_a_part_of_a_tensor(form) -> None:
+    """Rows of a fused [2D, d] weight's second half, and a weight that is a transposed view: in place, or refused."""
+    whole = normal(20, 6).to(form.device)
+    kept, values = whole.clone(), normal(2, 6, seed=1).to(form.device)
+    neurons = torch.tensor([1, 9], device=form.device)
+    torch.ops.pke_fast.write_columns(whole[10:], 0, neurons, values)
+    kept[[11, 19]] = values
+    assert torch.equal(whole, kept)
+    torch.ops.pke_fast.write_columns(whole.T, 1, neurons, values)
+    kept[[1, 9]] = values
+    assert torch.equal(whole, kept)
