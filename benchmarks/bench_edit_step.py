@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from pke_fast import shipped
+from pke_fast.columns import Columns
 from pke_fast.config import PKEConfig
-from pke_fast.editing import Columns, Trainer
+from pke_fast.editing import Trainer
 from pke_fast.encoding import PromptEncoder
 from pke_fast.loading import load_model, pad_token_id
 from pke_fast.structure import find_structure

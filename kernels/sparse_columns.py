@@ -1,9 +1,9 @@
 """Gradient, Adam and in-place writes for selected neurons alone: columns of a down projection, rows of gate or up.
 
 A neuron's column of the down projection has the gradient G^T h_i with G = dL/d(output) and h its activations; its row
-of the gate projection has X^T g_i with X the projection's input and g = dL/d(gate). Both are sums over tokens of an outer
-product, so the same ops serve both: [T, d] beside [T, n]. A weight holds neurons as columns, [d, D] (axis 1: a Linear's
-down projection), or as rows, [D, d] (axis 0: a Conv1D's down projection; a Linear's gate or up projection).
+of the gate projection has X^T g_i with X the projection's input and g = dL/d(gate). Both are sums over tokens of an
+outer product, so the same ops serve both: [T, d] beside [T, n]. A weight holds neurons as columns, [d, D] (axis 1: a
+Linear's down projection), or as rows, [D, d] (axis 0: a Conv1D's down projection; a Linear's gate or up projection).
 """
 
 from __future__ import annotations

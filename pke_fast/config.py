@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pke_fast.errors import InputError
 
+Backend = Literal["auto", "reference", "native", "triton"]
 Method = Literal["pke", "dinm", "dinm-parity"]
 Score = Literal["contrast", "toxic", "weight_change", "activation_path", "random"]
 MOST_LR = 1e9  # beyond it Adam's step overflows fp32
@@ -56,6 +57,7 @@ class PKEConfig:
         first_token_weight: weight of an answer's first token in both losses, where the others weigh 1: it is there
             that refusing and answering part.
         micro_batch_tokens: most tokens (padding counted) that are in flight at once.
+        backend: what the ops run in: "auto" chooses by device and shape (see `pke-fast doctor`).
         seed: of the shuffles and of ``score: random``.
 
     `PKEConfig()` is the preset of method ``pke``; `load_config` and `PKEConfig.preset` know those of the others.
@@ -88,6 +90,7 @@ class PKEConfig:
     locality_tokens: int = 4
     first_token_weight: float = 8.0
     micro_batch_tokens: int = 2048
+    backend: Backend = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from pke_fast.batches import pack
+from pke_fast.columns import Columns, put_back_on_failure
 from pke_fast.config import PKEConfig
-from pke_fast.editing import Columns, Losses, Outcome, Step, Trainer, put_back_on_failure
+from pke_fast.editing import Losses, Outcome, Step, Trainer
 from pke_fast.encoding import Encoded
 from pke_fast.structure import Structure
 from pke_fast.tape import record

@@ -1,28 +1,25 @@
-"""The edit: gradient, Adam and in-place writes for the selected columns alone, over the layers that they reach."""
+"""The edit: losses and steps over the layers that the selected columns reach, until the safe answers are likely."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import pke_fast.ops  # noqa: F401  registers torch.ops.pke_fast
 from pke_fast.batches import pack
+from pke_fast.columns import Columns, gradients_into, put_back_on_failure
 from pke_fast.config import PKEConfig
 from pke_fast.encoding import Encoded
 from pke_fast.errors import EditError
-from pke_fast.kernels.sparse_columns import read_columns
 from pke_fast.objective import answer_loss, locality_loss
 from pke_fast.patch import LayerPatch
-from pke_fast.structure import Structure, hooks
+from pke_fast.structure import Structure
 from pke_fast.tape import Tape, record
 
-BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # Kingma & Ba 2015
 LR_OF_RMS = 0.01  # tuned on SmolLM2-135M, whose down projections have an rms of 0.19
 GENTLER = "lower lr (--set lr=...), or load the model in fp32 or bf16"
 STOP_WINDOW = 4  # steps in the running means that stop an edit
@@ -65,89 +62,6 @@ class Outcome:
     before: Losses
     after: Losses
     stopped: str
-
-
-class Columns:
-    """The selected columns of one layer's down projection: [n, d] each, old values exact, the rest fp32."""
-
-    def __init__(self, structure: Structure, layer: int, neurons: Tensor) -> None:
-        self.layer, self.mlp = layer, structure.mlps[layer]
-        self.weight = structure.down_weight(layer)
-        self.neurons = neurons.to(self.weight.device)
-        self.exact = read_columns(self.weight, self.mlp.axis, self.neurons)
-        self.old = self.exact.float()
-        self.master = self.old.clone()
-        self.grad = torch.zeros_like(self.old)
-        self.reset()
-
-    def reset(self) -> None:
-        """Forgets the optimiser's state."""
-        self.moment1, self.moment2, self.step = torch.zeros_like(self.old), torch.zeros_like(self.old), 0
-
-    def update(self, config: PKEConfig, lr: float) -> None:
-        """One step of Adam from `grad`, which is zero again after it."""
-        self.step += 1
-        bound = math.inf if config.norm_constraint is None else config.norm_constraint
-        torch.ops.pke_fast.sparse_column_update(
-            self.weight,
-            self.mlp.axis,
-            self.neurons,
-            self.old,
-            self.master,
-            self.moment1,
-            self.moment2,
-            self.grad,
-            self.step,
-            lr,
-            BETA1,
-            BETA2,
-            EPS,
-            config.weight_decay,
-            bound,
-        )
-        self.grad.zero_()
-
-    def restore(self) -> None:
-        torch.ops.pke_fast.write_columns(self.weight, self.mlp.axis, self.neurons, self.exact)
-
-    def patch(self) -> LayerPatch:
-        new = read_columns(self.weight, self.mlp.axis, self.neurons)
-        return LayerPatch(self.layer, self.mlp.weight, self.mlp.axis, self.neurons.cpu(), self.exact.cpu(), new.cpu())
-
-
-class _SparseTap(torch.autograd.Function):
-    """The identity on the down projection's output, whose backward adds the selected columns' gradient to `into`."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, h: Tensor, into: Tensor, anchor: Tensor) -> Tensor:
-        ctx.save_for_backward(h)
-        ctx.into = into
-        return out.clone()  # no view: Falcon adds to it in place
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (h,) = ctx.saved_tensors
-        torch.ops.pke_fast.sparse_column_grad(grads[0].flatten(0, -2), h.flatten(0, -2), ctx.into)
-        return grads[0], None, None, None
-
-
-@contextmanager
-def gradients_into(columns: Sequence[Columns]) -> Iterator[None]:
-    """While it lasts, a backward pass adds the selected columns' gradients to their `grad`."""
-    # The lowest layer's output depends on nothing that needs a gradient: the anchor does, so that its tap is visited.
-    anchor = torch.zeros((), requires_grad=True, device=columns[0].weight.device)
-
-    def tap(column: Columns) -> Any:
-        def hook(_module: Any, args: Any, out: Tensor) -> Tensor:
-            if not torch.is_grad_enabled():
-                return out
-            chosen = args[0].detach().index_select(-1, column.neurons)
-            return _SparseTap.apply(out, chosen, column.grad, anchor)
-
-        return hook
-
-    with hooks(*(column.mlp.down.register_forward_hook(tap(column)) for column in columns)):
-        yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,7 +183,7 @@ class Trainer:
                 with torch.set_grad_enabled(kl_gradient):
                     kl = self._locality_loss(self._next(self.locality, number), config.w_kl)
         loss = config.w_edit * edit + config.w_kl * kl
-        if not math.isfinite(loss) or not all(bool(torch.isfinite(column.grad).all()) for column in self.columns):
+        if not math.isfinite(loss) or not all(column.finite() for column in self.columns):
             raise EditError(
                 f"the loss became {loss} at step {number + 1}; the weights were put back",
                 do=GENTLER,
@@ -291,17 +205,6 @@ class Trainer:
 def _good_enough(recent: Sequence[Step], config: PKEConfig) -> bool:
     edit, kl = (sum(values) / STOP_WINDOW for values in ([s.edit for s in recent], [s.kl for s in recent]))
     return len(recent) == STOP_WINDOW and edit < config.stop_loss and kl < config.stop_kl
-
-
-@contextmanager
-def put_back_on_failure(columns: Sequence[Columns]) -> Iterator[None]:
-    """An exception inside, Ctrl-C too, leaves the weights as they were before."""
-    try:
-        yield
-    except BaseException:
-        for column in columns:
-            column.restore()
-        raise
 
 
 def edit_columns(

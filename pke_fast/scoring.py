@@ -95,6 +95,7 @@ def _score_batch(structure: Structure, batch: Batch, signs: Tensor, first: int, 
     tape = record(structure, batch, first)
     assert tape.top is not None
     offsets = batch.group_offsets().to(structure.device)
+    counted = tape.batch.attention_mask.flatten().bool()
     top = tape.top.detach().requires_grad_()
     weights = tape.batch.answer_weights(sign=signs.to(structure.device))
     with torch.enable_grad():
@@ -102,7 +103,7 @@ def _score_batch(structure: Structure, batch: Batch, signs: Tensor, first: int, 
     (grad,) = torch.autograd.grad(loss, top)
     for layer in range(len(structure.layers) - 1, first - 1, -1):
         entered = tape.hidden.pop().detach().requires_grad_()  # not needed again
-        with _scored(structure.mlps[layer], offsets, sums[:, layer]), torch.enable_grad():
+        with _scored(structure.mlps[layer], offsets, counted, sums[:, layer]), torch.enable_grad():
             left = tape.replay(layer, entered)
             (grad,) = torch.autograd.grad(left, entered, grad)
 
@@ -132,19 +133,22 @@ class _GluScore(torch.autograd.Function):
     """act(gate) * up through the fused op, whose backward adds each neuron's activation path to `into` [D]."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor | None, act: str, offsets: Tensor, into: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor | None, mlp: MLP, offsets: Tensor, counted: Tensor, into: Tensor
+    ) -> Tensor:
         flat = [None if x is None else x.flatten(0, -2) for x in (gate, up)]
-        ctx.save_for_backward(*flat, offsets)
-        ctx.act, ctx.into, ctx.shape = act, into, gate.shape
-        h, _, _ = torch.ops.pke_fast.glu_score_fwd(flat[0], flat[1], act, offsets)
-        return h.view(gate.shape)
+        ctx.save_for_backward(*flat, offsets, counted)
+        ctx.act, ctx.fused, ctx.into, ctx.shape = mlp.act, mlp.fused, into, gate.shape
+        h, _, _ = torch.ops.pke_fast.glu_score_fwd(*flat, mlp.act, offsets, counted, mlp.fused)
+        return h.unflatten(0, gate.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        gate, up, offsets = ctx.saved_tensors
-        dgate, dup, path = torch.ops.pke_fast.glu_score_bwd(grads[0].flatten(0, -2), gate, up, ctx.act, offsets)
+        gate, up, offsets, counted = ctx.saved_tensors
+        dh = grads[0].flatten(0, -2)
+        dgate, dup, path = torch.ops.pke_fast.glu_score_bwd(dh, gate, up, ctx.act, offsets, counted, ctx.fused)
         ctx.into.add_(path.sum(0))
-        return dgate.view(ctx.shape), None if up is None else dup.view(ctx.shape), None, None, None
+        return dgate.view(ctx.shape), None if up is None else dup.view(ctx.shape), None, None, None, None
 
 
 class _PathTap(torch.autograd.Function):
@@ -182,8 +186,13 @@ class _ColumnTap(torch.autograd.Function):
 
 
 @contextmanager
-def _scored(mlp: MLP, offsets: Tensor, into: Tensor) -> Iterator[None]:
-    """While it lasts, a backward pass through the MLP adds its weight changes to into[0] and its paths to into[1]."""
+def _scored(mlp: MLP, offsets: Tensor, counted: Tensor, into: Tensor) -> Iterator[None]:
+    """While it lasts, a backward pass through the MLP adds its weight changes to into[0] and its paths to into[1].
+
+    Args:
+        offsets: int64 [R + 1], where each request's tokens begin in the flattened [B * T].
+        counted: bool [B * T], False for padding.
+    """
 
     def tap_output(_module: Any, args: Any, out: Tensor) -> Tensor:
         return _ColumnTap.apply(out, args[0].detach(), offsets, into[0])
@@ -200,7 +209,7 @@ def _scored(mlp: MLP, offsets: Tensor, into: Tensor) -> Iterator[None]:
 
     def forward(x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         gate, up = mlp.projections(x)
-        return mlp.down(_GluScore.apply(gate, up, mlp.act, offsets, into[1]))
+        return mlp.down(_GluScore.apply(gate, up, mlp, offsets, counted, into[1]))
 
     with hooks(*handles), replaced_forward(mlp.module, forward):
         yield

@@ -43,14 +43,14 @@ class MLP:
     up: nn.Module | None
     act: str | None = None
 
+    @property
+    def fused(self) -> bool:
+        """Whether gate and up are one projection, whose output [.., 2D] holds gate's half before up's (Phi-3)."""
+        return self.up is self.gate
+
     def projections(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """gate(x) and up(x), [.., D] each; None for the `up` of a plain MLP."""
-        if self.up is None:
-            return self.gate(x), None
-        if self.up is self.gate:
-            gate, up = self.gate(x).chunk(2, -1)
-            return gate, up
-        return self.gate(x), self.up(x)
+        """gate(x) and up(x), [.., D] each; None for the `up` of a plain MLP, and of a fused one with gate [.., 2D]."""
+        return self.gate(x), None if self.up is None or self.fused else self.up(x)
 
 
 @dataclass(frozen=True, eq=False)

@@ -195,8 +195,10 @@ def doctor(console: Console, found: Mapping[str, Any]) -> None:
     flat = {key: value for key, value in found.items() if not isinstance(value, Mapping)}
     facts(console, "This machine", flat)
     for title, nested in found.items():
-        if isinstance(nested, Mapping):
+        if isinstance(nested, Mapping) and title != "ops":
             facts(console, title.capitalize(), nested)
+    for device, chosen in found.get("ops", {}).items():
+        facts(console, f"What the ops run in on {device}", chosen)
 
 
 def _measures(console: Console, title: str, lines: Sequence[Measure], both: bool) -> None:

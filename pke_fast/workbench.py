@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from pke_fast.choice import using
 from pke_fast.config import PKEConfig
 from pke_fast.encoding import PromptEncoder
 from pke_fast.errors import InputError
@@ -74,15 +75,16 @@ def workbench(
         for parameter, _ in wanted_grad:
             parameter.requires_grad_(False)
         check_finite(model)
-        yield Workbench(
-            model,
-            tokenizer,
-            config,
-            stages or Stages(device=devices.pop()),
-            name or getattr(model.config, "name_or_path", "") or type(model).__name__,
-            PromptEncoder(tokenizer, config, context_length(model)),
-            pad_token_id(tokenizer, model),
-        )
+        with using(config.backend):
+            yield Workbench(
+                model,
+                tokenizer,
+                config,
+                stages or Stages(device=devices.pop()),
+                name or getattr(model.config, "name_or_path", "") or type(model).__name__,
+                PromptEncoder(tokenizer, config, context_length(model)),
+                pad_token_id(tokenizer, model),
+            )
     finally:
         for module, training in modes:
             module.training = training

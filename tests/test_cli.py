@@ -140,7 +140,7 @@ def test_the_same_seed_gives_the_same_bytes(checkpoint, files, capsys):
 def test_doctor(capsys):
     status, out, _ = run(capsys, "doctor", "--json")
     assert status == 0
-    assert "select_hotspots" in json.loads(out)["backends"]
+    assert "select_hotspots" in json.loads(out)["ops"]["cpu"]
     assert run(capsys, "doctor")[0] == 0
 
 

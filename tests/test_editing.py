@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pke_fast import ops
+from pke_fast.columns import Columns
 from pke_fast.config import PKEConfig
-from pke_fast.editing import Columns, Trainer, edit_columns
+from pke_fast.editing import Trainer, edit_columns
 from pke_fast.errors import EditError
 from pke_fast.kernels.sparse_columns import read_columns
 from pke_fast.stages import Stages
@@ -82,6 +84,28 @@ def test_the_sparse_gradient_is_the_dense_ones(family, sequences):
         assert float((ours - truth).norm() / truth.norm()) < 1e-5
     assert step.loss == pytest.approx(config.w_edit * step.edit + config.w_kl * step.kl)
     assert step.kl > 0
+
+
+def test_a_step_of_one_micro_batch_is_one_op(sequences, monkeypatch):
+    """Product, Adam and write in one where there is one share of the gradient; the same weights as by two shares."""
+    chosen, ran = ops.chosen_backend, []
+    monkeypatch.setattr(ops, "chosen_backend", lambda op, *args: ran.append(op) or chosen(op, *args))
+    weights = []
+    for tokens in (10_000, 1):  # all requests at once, or one by one
+        ran.clear()
+        config = CONFIG.replace(micro_batch_tokens=tokens, num_steps=1)
+        model = tiny_model("llama").requires_grad_(False)
+        edit_columns(find_structure(model), HOT_SPOTS, sequences(3), [], config, pad_id=PAD, stage=Stages().stage)
+        counts = [ran.count(f"sparse_column_{name}") for name in ("step", "grad", "update")]
+        assert counts == ([2, 0, 0] if tokens > 1 else [0, 6, 2])  # two layers, three requests
+        weights.append(torch.cat([find_structure(model).down_weight(layer).flatten() for layer in HOT_SPOTS]))
+    before = find_structure(tiny_model("llama").requires_grad_(False))
+    base = torch.cat([before.down_weight(layer).flatten() for layer in HOT_SPOTS])
+    assert relative(weights[0] - base, weights[1] - base) < 1e-3
+
+
+def relative(ours, truth):
+    return float((ours - truth).norm() / truth.norm())
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])

@@ -23,7 +23,7 @@ def examine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "devices": [*(f"cuda:{i} {name}" for i, name in enumerate(gpus)), "cpu"],
         "native extension": native.problem() or _built(),
-        "backends": {
+        "ops": {
             kind: {op: ops.explanation(op, torch.device(kind)) for op in ops.OPS}
             for kind in ("cuda", "cpu")
             if kind == "cpu" or gpus
