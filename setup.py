@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -140,10 +141,10 @@ class NinjaBuild(build_ext):
         except (NoCUDAError, CompileError) as error:
             if required:
                 raise CompileError(f"PKE_FAST_CUDA=1, but the CUDA part can't be built: {error}") from error
-            nvcc_failed = isinstance(error, CompileError)
-            print(f"{'WARNING: ' if nvcc_failed else ''}pke_fast is built without its CUDA part: {error}")
+            level = logging.WARNING if isinstance(error, CompileError) else logging.INFO
+            self.announce(f"pke_fast is built without its CUDA part: {error}", level)
             return False
-        print(f"pke_fast is built with CUDA for sm_{', sm_'.join(cuda.archs)}")
+        self.announce(f"pke_fast is built with CUDA for sm_{', sm_'.join(cuda.archs)}", logging.INFO)
         return True
 
     def run_ninja(self, ext: Extension, cuda: CUDA | None) -> None:

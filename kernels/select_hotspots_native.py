@@ -23,8 +23,8 @@ def select_hotspots(
 ) -> Selected:
     """As `pke_fast.kernels.select_hotspots.reference`: on one core in C++, or on the current stream in CUDA.
 
-    On a GPU the scores are read as they are, bf16 and fp16 too; the call waits for the device once, at the end, to learn
-    how many were chosen.
+    On a GPU the scores are read as they are, bf16 and fp16 too; the call waits for the device once, at the end, to
+    learn how many were chosen.
 
     Raises:
         InputError: an argument is not as `reference` describes it, or on a device that is neither CPU nor CUDA.

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import example, given, settings
 from hotspot_problems import DENORMAL, INF, NAN, assert_equal, problems, random_scores
+from hypothesis import example, given, settings
 from torch import Tensor
 
 from pke_fast import native as loader

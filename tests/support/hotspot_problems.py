@@ -22,7 +22,7 @@ def random_scores(*shape: int, seed: int = 0) -> Tensor:
 
 @st.composite
 def problems(draw: st.DrawFn, widths: tuple[int, ...] = WIDTHS) -> tuple:
-    """Arguments of select_hotspots: [L, D] or [R, L, D], with ties, special values, k at both ends, every constraint."""
+    """Arguments of select_hotspots: [L, D] or [R, L, D], ties, special values, k at both ends, every constraint."""
     rows = draw(st.sampled_from([(), (), (1,), (2,), (3,)]))
     depth, width = draw(st.integers(1, 5)), draw(st.sampled_from(widths))
     size, shape = depth * width, (*rows, depth, width)
