@@ -6,6 +6,7 @@
 #include <string>
 
 #include "select_hotspots.h"
+#include "sparse_columns.h"
 
 namespace py = pybind11;
 
@@ -54,6 +55,70 @@ void bind_select_hotspots(py::module_& module) {
 #endif
 }
 
+const char* check_neurons(std::uintptr_t neurons, std::size_t n, std::int64_t count) {
+    switch (pke_fast::check_neurons(pointer<const std::int64_t>(neurons), n, count)) {
+        case pke_fast::NeuronFault::out_of_range:
+            return "one is out of range";
+        case pke_fast::NeuronFault::twice:
+            return "one is there twice";
+        default:
+            return nullptr;
+    }
+}
+
+void sparse_column_grad(std::uintptr_t grad_out, std::ptrdiff_t grad_out_stride, std::uintptr_t h,
+                        std::ptrdiff_t h_stride, pke_fast::Dtype dtype, std::size_t tokens, std::size_t hidden,
+                        std::size_t n, std::uintptr_t into, std::ptrdiff_t into_stride, std::size_t threads) {
+    const py::gil_scoped_release released;
+    pke_fast::sparse_column_grad({pointer<const void>(grad_out), grad_out_stride}, {pointer<const void>(h), h_stride},
+                                 dtype, tokens, hidden, n, pointer<float>(into), into_stride, threads);
+}
+
+pke_fast::Columns columns(std::uintptr_t weight, pke_fast::Dtype dtype, std::size_t hidden,
+                          std::ptrdiff_t neuron_stride, std::ptrdiff_t hidden_stride, std::uintptr_t neurons,
+                          std::size_t n) {
+    return {pointer<void>(weight), dtype, hidden, neuron_stride, hidden_stride, pointer<const std::int64_t>(neurons), n};
+}
+
+void sparse_column_update(const pke_fast::Columns& columns, std::uintptr_t old, std::uintptr_t master,
+                          std::uintptr_t moment1, std::uintptr_t moment2, std::uintptr_t grad, std::int64_t step,
+                          double lr, double beta1, double beta2, double eps, double weight_decay, double bound,
+                          std::size_t threads) {
+    const py::gil_scoped_release released;
+    pke_fast::sparse_column_update(
+        columns,
+        {pointer<const float>(old), pointer<float>(master), pointer<float>(moment1), pointer<float>(moment2),
+         pointer<const float>(grad), lr, beta1, beta2, eps, weight_decay, bound, step},
+        threads);
+}
+
+void write_columns(const pke_fast::Columns& columns, std::uintptr_t values, std::ptrdiff_t value_stride,
+                   bool values_are_fp32, std::size_t threads) {
+    const py::gil_scoped_release released;
+    pke_fast::write_columns(columns, pointer<const void>(values), value_stride, values_are_fp32, threads);
+}
+
+void bind_sparse_columns(py::module_& module) {
+    py::enum_<pke_fast::Dtype>(module, "Dtype")
+        .value("fp32", pke_fast::Dtype::fp32)
+        .value("bf16", pke_fast::Dtype::bf16)
+        .value("fp16", pke_fast::Dtype::fp16);
+    py::class_<pke_fast::Columns>(module, "Columns", "Selected neurons of a weight. See sparse_columns.h.")
+        .def(py::init(&columns), py::arg("weight"), py::arg("dtype"), py::arg("hidden"), py::arg("neuron_stride"),
+             py::arg("hidden_stride"), py::arg("neurons"), py::arg("n"));
+    module.def("check_neurons", &check_neurons, "What is wrong with them, or None. See sparse_columns.h.",
+               py::arg("neurons"), py::arg("n"), py::arg("count"));
+    module.def("sparse_column_grad", &sparse_column_grad, "See sparse_columns.h.", py::arg("grad_out"),
+               py::arg("grad_out_stride"), py::arg("h"), py::arg("h_stride"), py::arg("dtype"), py::arg("tokens"),
+               py::arg("hidden"), py::arg("n"), py::arg("into"), py::arg("into_stride"), py::arg("threads"));
+    module.def("sparse_column_update", &sparse_column_update, "See sparse_columns.h.", py::arg("columns"),
+               py::arg("old"), py::arg("master"), py::arg("moment1"), py::arg("moment2"), py::arg("grad"),
+               py::arg("step"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+               py::arg("weight_decay"), py::arg("bound"), py::arg("threads"));
+    module.def("write_columns", &write_columns, "See sparse_columns.h.", py::arg("columns"), py::arg("values"),
+               py::arg("value_stride"), py::arg("values_are_fp32"), py::arg("threads"));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -64,4 +129,5 @@ PYBIND11_MODULE(_native, module) {
 #endif
     module.attr("cuda_architectures") = architectures;
     bind_select_hotspots(module);
+    bind_sparse_columns(module);
 }

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from pke_fast.choice import using
+from pke_fast.errors import InputError
+from pke_fast.kernels import sparse_columns_native as native
 from pke_fast.kernels.sparse_columns import read_columns
 from pke_fast.proving import assert_as_accurate, poisoned_memory
 
@@ -156,3 +160,134 @@ def test_write_into_a_part_of_a_tensor(form) -> None:
     torch.ops.pke_fast.write_columns(whole.T, 1, neurons, values)
     kept[[1, 9]] = values
     assert torch.equal(whole, kept)
+
+
+@pytest.mark.op("sparse_column_update")
+@pytest.mark.parametrize("view", ["slice", "every other", "transposed"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_update_writes_into_weights_of_any_strides(form, axis, view) -> None:
+    problem = Problem(form, axis, torch.bfloat16)
+    plain, whole = problem.weight, problem.weight.new_full((120, 120), 7.0)
+    rows, columns = plain.shape
+    problem.weight = {
+        "slice": whole[3 : 3 + rows, 5 : 5 + columns],
+        "every other": whole[: 2 * rows : 2, 1 : 1 + 2 * columns : 2],
+        "transposed": whole.T[:rows, 2 : 2 + columns],
+    }[view]
+    problem.weight.copy_(plain)
+    problem.update(normal(9, 37, seed=5).to(form.device), 1)
+    problem.check_written()
+    problem.weight.fill_(7.0)
+    assert bool((whole == 7.0).all())  # what lies between is as it was
+
+
+@pytest.mark.op("write_columns")
+@pytest.mark.parametrize("source", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_write_rounds_as_torch_does(form, axis, dtype, source) -> None:
+    """Ties, denormals, what overflows, infinities and NaN."""
+    odd = torch.tensor([0.0, -0.0, 1.0, math.inf, -math.inf, math.nan, 65504.0, 65519.9, 65520.0, 3.4e38, 1e-45])
+    tiny = torch.tensor([2.0**-14, 2.0**-24, 2.0**-25, 2.0**-25 * 1.001, 3 * 2.0**-25, 2.0**-133, 2.0**-134, 6e-8])
+    ties = (torch.arange(64) * 2**12 + 0x3F800000).to(torch.int32).view(torch.float32)
+    spread = normal(150, seed=8) * 10.0 ** (80 * torch.rand(150, generator=torch.Generator().manual_seed(9)) - 42)
+    values = torch.cat([odd, tiny, ties, spread]).double().to(source)
+    values = torch.cat([values, -values]).reshape(2, -1).to(form.device)
+    weight = torch.zeros(values.shape[1], 3) if axis == 1 else torch.zeros(3, values.shape[1])
+    weight = weight.to(form.device, dtype)
+    torch.ops.pke_fast.write_columns(weight, axis, torch.tensor([0, 2], device=form.device), values)
+    written = read_columns(weight, axis, torch.tensor([0, 2], device=form.device))
+    torch.testing.assert_close(written, values.to(dtype), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(written.signbit() & ~written.isnan(), values.signbit() & ~written.isnan())
+
+
+@pytest.mark.op("write_columns")
+@pytest.mark.parametrize("axis", [0, 1])
+def test_write_takes_many_neurons_in_any_order_and_strided_values(form, axis) -> None:
+    neurons = torch.randperm(2500, generator=torch.Generator().manual_seed(4))[:2100].to(form.device)
+    values = normal(21, 2100).T.to(form.device)
+    weight = torch.zeros((21, 2500) if axis == 1 else (2500, 21), device=form.device)
+    wanted = weight.index_copy(axis, neurons, values.T if axis == 1 else values)
+    torch.ops.pke_fast.write_columns(weight, axis, neurons, values)
+    assert torch.equal(weight, wanted)
+
+
+class TestNativeForm:
+    """What is refused before anything is changed, and the threads that may not be seen in a result."""
+
+    form = SimpleNamespace(device="cpu")
+
+    @pytest.mark.parametrize("bad", [[-1, 3], [3, 50], [3, 3], [5, 3, 5]])
+    def test_refuses_neurons_that_are_not_there_or_there_twice(self, bad) -> None:
+        problem = Problem(self.form, 1, torch.float32, n=len(bad))
+        problem.neurons = torch.tensor(bad)
+        state = [tensor.clone() for tensor in problem.state]
+        with using("native"):
+            for call in (
+                lambda: problem.update(normal(len(bad), 37), 1),
+                lambda: problem.step(normal(4, 37), normal(4, len(bad)), 1),
+                lambda: torch.ops.pke_fast.write_columns(problem.weight, 1, problem.neurons, problem.old),
+            ):
+                with pytest.raises(InputError, match=r"(?s)neurons.*(out of range|twice)"):
+                    call()
+        assert torch.equal(problem.weight, problem.untouched)
+        assert all(torch.equal(*pair) for pair in zip(state, problem.state, strict=True))
+
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        [
+            ({"neurons": torch.arange(9, dtype=torch.int32)}, "neurons.*int64"),
+            ({"weight": torch.zeros(37, 50, dtype=torch.float64)}, "weight.*fp32, bf16 or fp16"),
+            ({"weight": torch.zeros(37, 50, 1)}, "weight.*two dimensions"),
+            ({"weight": torch.zeros(37, 1).expand(37, 50)}, "weight.*place of its own"),
+            ({"weight": torch.zeros(90).as_strided((37, 50), (1, 1))}, "weight.*place of its own"),
+            ({"axis": 2}, "axis"),
+            ({"master": torch.zeros(9, 36)}, r"master.*\[9, 37\]"),
+            ({"master": torch.zeros(9, 37, dtype=torch.bfloat16)}, "master.*fp32"),
+            ({"moment1": torch.zeros(37, 9).T}, "moment1.*contiguous"),
+            ({"step": 0}, "step"),
+            ({"beta1": 1.0}, "beta1"),
+            ({"lr": math.nan}, "lr"),
+            ({"bound": -1.0}, "bound"),
+        ],
+    )
+    def test_refuses_bad_arguments(self, change, match) -> None:
+        given = {"weight": torch.zeros(37, 50), "axis": 1, "neurons": torch.arange(9)}
+        given |= {name: torch.zeros(9, 37) for name in ("old", "master", "moment1", "moment2", "grad")}
+        given |= {"step": 1, **ADAM, "weight_decay": 0.0, "bound": math.inf} | change
+        with pytest.raises(InputError, match="(?s)" + match):
+            native.update(**given)
+
+    def test_refuses_to_change_what_others_read(self) -> None:
+        weight, neurons = normal(8, 8), torch.tensor([1, 3])
+        with pytest.raises(InputError, match="memory of its own"):
+            native.write(weight, 1, neurons, weight[:2])
+        with pytest.raises(InputError, match="memory of its own"):
+            native.grad(normal(8, 8), weight, weight)
+        state = [torch.zeros(2, 8) for _ in range(4)]
+        with pytest.raises(InputError, match="memory of its own"):
+            native.update(weight, 1, neurons, *state, state[3], 1, 0.1, 0.9, 0.999, 1e-8, 0.0, math.inf)
+
+    @pytest.mark.parametrize("axis", [0, 1])
+    def test_threads_change_nothing(self, axis) -> None:
+        threads, results = torch.get_num_threads(), []
+        try:
+            for count in (1, 2, 5):
+                torch.set_num_threads(count)
+                problem = Problem(self.form, axis, torch.bfloat16, hidden=700, neurons=400, n=300)
+                with using("native"):
+                    for step in (1, 2):
+                        problem.step(normal(200, 700, seed=step), normal(200, 300, seed=3), step)
+                results.append([problem.weight, *problem.state])
+        finally:
+            torch.set_num_threads(threads)
+        for others in results[1:]:
+            assert all(torch.equal(*pair) for pair in zip(results[0], others, strict=True))
+
+    def test_autograd_sees_the_change(self) -> None:
+        weight = normal(6, 8)
+        x = normal(2, 8).requires_grad_()
+        out = x @ weight.T
+        native.write(weight, 1, torch.tensor([2]), normal(1, 6))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
