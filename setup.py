@@ -67,7 +67,7 @@ class NinjaBuild(build_ext):
         shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
         lines = [
             f"cxx = {_escape(find_compiler())}",
-            "flags = -O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra",
+            "flags = -O3 -fno-math-errno -fno-trapping-math -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra",
             "rule compile",
             "  command = $cxx $flags $includes -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
