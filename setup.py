@@ -166,7 +166,7 @@ class NinjaBuild(build_ext):
             defines = f"-DPKE_FAST_CUDA={','.join(cuda.archs)}"
         lines = [
             f"cxx = {_escape(find_compiler())}",
-            f"flags = -O3 -fno-math-errno -std=c++17 -fPIC -fvisibility=hidden -pthread -Wall -Wextra {_escape(CXXFLAGS)}",
+            f"flags = -O3 -fno-math-errno -fno-trapping-math -std=c++17 -fPIC -fvisibility=hidden -pthread -Wall -Wextra {_escape(CXXFLAGS)}",
             "rule compile",
             "  command = $cxx $flags $more -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",

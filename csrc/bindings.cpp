@@ -4,7 +4,9 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <utility>
 
+#include "glu_score.h"
 #include "select_hotspots.h"
 #include "sparse_columns.h"
 
@@ -119,6 +121,46 @@ void bind_sparse_columns(py::module_& module) {
                py::arg("value_stride"), py::arg("values_are_fp32"), py::arg("threads"));
 }
 
+pke_fast::GluShape glu_shape(int type, int act, std::int64_t tokens, std::int64_t neurons, std::int64_t requests,
+                             std::uintptr_t offsets, std::uintptr_t mask) {
+    return {static_cast<pke_fast::Dtype>(type),   static_cast<pke_fast::Activation>(act), tokens, neurons, requests,
+            pointer<const std::int64_t>(offsets), pointer<const std::uint8_t>(mask)};
+}
+
+// A tensor's address and the elements from one row to the next.
+using Strided = std::pair<std::uintptr_t, std::int64_t>;
+
+pke_fast::Matrix matrix(Strided tensor) { return {pointer<const void>(tensor.first), tensor.second}; }
+
+pke_fast::OutputMatrix output(Strided tensor) { return {pointer<void>(tensor.first), tensor.second}; }
+
+void glu_score_fwd(int type, int act, std::int64_t tokens, std::int64_t neurons, std::int64_t requests,
+                   std::uintptr_t offsets, std::uintptr_t mask, Strided gate, Strided up, Strided h,
+                   std::uintptr_t mean, std::uintptr_t peak, std::size_t threads) {
+    py::gil_scoped_release released;
+    pke_fast::glu_score_fwd(glu_shape(type, act, tokens, neurons, requests, offsets, mask), matrix(gate), matrix(up),
+                            output(h), pointer<float>(mean), pointer<float>(peak), threads);
+}
+
+void glu_score_bwd(int type, int act, std::int64_t tokens, std::int64_t neurons, std::int64_t requests,
+                   std::uintptr_t offsets, std::uintptr_t mask, Strided dh, Strided gate, Strided up, Strided dgate,
+                   Strided dup, std::uintptr_t path, std::size_t threads) {
+    py::gil_scoped_release released;
+    pke_fast::glu_score_bwd(glu_shape(type, act, tokens, neurons, requests, offsets, mask), matrix(dh), matrix(gate),
+                            matrix(up), output(dgate), output(dup), pointer<float>(path), threads);
+}
+
+void bind_glu_score(py::module_& module) {
+    module.def("glu_score_fwd", &glu_score_fwd, "See glu_score.h. An address of 0: there is none.", py::arg("type"),
+               py::arg("act"), py::arg("tokens"), py::arg("neurons"), py::arg("requests"), py::arg("offsets"),
+               py::arg("mask"), py::arg("gate"), py::arg("up"), py::arg("h"), py::arg("mean"), py::arg("peak"),
+               py::arg("threads"));
+    module.def("glu_score_bwd", &glu_score_bwd, "See glu_score.h. An address of 0: there is none.", py::arg("type"),
+               py::arg("act"), py::arg("tokens"), py::arg("neurons"), py::arg("requests"), py::arg("offsets"),
+               py::arg("mask"), py::arg("dh"), py::arg("gate"), py::arg("up"), py::arg("dgate"), py::arg("dup"),
+               py::arg("path"), py::arg("threads"));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -128,6 +170,7 @@ PYBIND11_MODULE(_native, module) {
     for (int number : {PKE_FAST_CUDA}) architectures.append("sm_" + std::to_string(number));
 #endif
     module.attr("cuda_architectures") = architectures;
+    bind_glu_score(module);
     bind_select_hotspots(module);
     bind_sparse_columns(module);
 }

@@ -12,3 +12,10 @@
 #else
 #define PKE_FAST_WIDEST
 #endif
+
+// For what such a function calls: only what is inlined into it is compiled for its processors.
+#ifdef _MSC_VER
+#define PKE_FAST_INLINE __forceinline
+#else
+#define PKE_FAST_INLINE __attribute__((always_inline)) inline
+#endif
