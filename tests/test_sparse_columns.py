@@ -60,7 +60,9 @@ class Problem:
 
 
 @pytest.mark.op("sparse_column_grad")
-@pytest.mark.parametrize("shape", [(10, 6, 4), (1, 1, 1), (63, 576, 33), (257, 40, 130), (5, 7, 0), (0, 7, 3)])
+@pytest.mark.parametrize(
+    "shape", [(10, 6, 4), (1, 1, 1), (63, 576, 33), (257, 40, 130), (1100, 24, 3), (5, 7, 0), (0, 7, 3)]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_grad_accumulates(form, shape, dtype) -> None:
     tokens, hidden, n = shape
@@ -117,7 +119,7 @@ def test_bound_and_decay_hold_the_change_back(form) -> None:
 @pytest.mark.op("sparse_column_step")
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 130])
+@pytest.mark.parametrize("tokens", [1, 130, 1100])
 def test_step_is_grad_and_update_in_one(form, axis, dtype, tokens) -> None:
     one, two = Problem(form, axis, dtype), Problem(form, axis, dtype)
     for step in (1, 2):
@@ -291,3 +293,90 @@ class TestNativeForm:
         native.write(weight, 1, torch.tensor([2]), normal(1, 6))
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             out.sum().backward()
+
+
+@pytest.mark.op("write_columns")
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("source", [*DTYPES, torch.float64])
+def test_write_of_any_bits_is_torchs(form, axis, dtype, source) -> None:
+    """Ties, subnormals, infinities and NaN, from values that aren't contiguous; the same dtype goes through by bit."""
+    bits = torch.randint(-(2**31), 2**31 - 1, (70, 6), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    bits[::2] = bits[::2] >> 16 << 16 | 0x8000  # ties in bf16
+    values = bits.view(torch.float32).to(source).T.to(form.device)
+    weight = torch.zeros((70, 8) if axis else (8, 70), dtype=dtype, device=form.device)
+    neurons = torch.tensor([0, 1, 3, 4, 5, 7], device=form.device)
+    torch.ops.pke_fast.write_columns(weight, axis, neurons, values)
+    written, expected = read_columns(weight, axis, neurons), values.to(dtype)
+    assert torch.equal(written.isnan(), expected.isnan())
+    number = torch.int32 if dtype == torch.float32 else torch.int16
+    same = written.view(number) == expected.contiguous().view(number)
+    assert bool((same if source == dtype else same | expected.isnan()).all())
+    assert not read_columns(weight, axis, torch.tensor([2, 6], device=form.device)).any()
+
+
+@pytest.mark.op("write_columns")
+def test_a_neuron_that_is_not_there_touches_nothing(form) -> None:
+    """Where the form can't look without waiting for the device, it writes nothing; the others raise."""
+    if form.backend != "triton":
+        pytest.skip("raises, each in its own way")
+    whole = normal(30, 6).to(form.device)
+    kept, values = whole.clone(), normal(3, 6, seed=1).to(form.device)
+    neurons = torch.tensor([-1, 4, 10], device=form.device)
+    torch.ops.pke_fast.write_columns(whole[10:20], 0, neurons, values)
+    kept[14] = values[1]
+    assert torch.equal(whole, kept)
+
+
+@pytest.mark.op("sparse_column_step")
+def test_same_bits_every_time(form) -> None:
+    problems = [Problem(form, 1, torch.float32, hidden=40, n=9) for _ in range(2)]
+    for problem in problems:
+        problem.step(normal(1100, 40, seed=1).to(form.device), normal(1100, 9, seed=2).to(form.device), 1)
+    assert all(torch.equal(*pair) for pair in zip(*(p.state for p in problems), strict=True))
+
+
+def _replaced(arguments: dict[str, object], **changes: object) -> list[object]:
+    return list({**arguments, **changes}.values())
+
+
+def _refused(form, op: str, arguments: dict[str, object], wrong: dict[str, object]) -> None:
+    """Each wrong argument raises InputError, which names it, before anything is changed."""
+    tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
+    before = [x.clone() for x in tensors]
+    for name, value in wrong.items():
+        with pytest.raises(InputError, match=name):
+            getattr(torch.ops.pke_fast, op)(*_replaced(arguments, **{name: value}))
+    assert all(torch.equal(*pair) for pair in zip(tensors, before, strict=True))
+
+
+@pytest.mark.op("sparse_column_grad")
+def test_grad_refuses_what_it_is_not_made_for(form) -> None:
+    if form.backend == "reference":
+        pytest.skip("torch's own errors")
+    arguments: dict[str, object] = {"grad_out": normal(5, 8), "h": normal(5, 3), "into": normal(3, 8)}
+    arguments = {name: x.to(form.device) for name, x in arguments.items() if isinstance(x, Tensor)}
+    _refused(form, "sparse_column_grad", arguments, {"grad_out": normal(5, 2, 4).to(form.device)})
+    for h in (normal(4, 3), normal(5, 3, dtype=torch.float16), normal(5)):
+        _refused(form, "sparse_column_grad", arguments, {"h": h.to(form.device)})
+    for into in (normal(3, 7), normal(3, 8).double(), normal(8, 3).T):
+        _refused(form, "sparse_column_grad", arguments, {"into": into.to(form.device)})
+
+
+@pytest.mark.op("sparse_column_update")
+def test_update_refuses_what_it_is_not_made_for(form) -> None:
+    if form.backend == "reference":
+        pytest.skip("torch's own errors")
+    problem = Problem(form, 1, torch.float32)
+    names = ("old", "master", "moment1", "moment2", "grad")
+    state = dict(zip(names, (problem.old, *problem.state, torch.ones_like(problem.old)), strict=True))
+    arguments: dict[str, object] = {"weight": problem.weight, "axis": 1, "neurons": problem.neurons, **state}
+    arguments |= {"step": 1, **ADAM, "weight_decay": 0.0, "bound": math.inf}
+    weights = (problem.weight[0], problem.weight.double(), problem.weight[:1].expand(37, 50))
+    neurons = (problem.neurons.int(), problem.neurons[None])
+    wrong = [("weight", x) for x in weights] + [("neurons", x) for x in neurons] + [("axis", 2), ("step", 0)]
+    wrong += [(name, tensor.half()) for name, tensor in state.items()]
+    wrong += [(name, tensor[:, 1:]) for name, tensor in state.items()]
+    wrong += [(name, state[name].T.contiguous().T) for name in ("master", "moment1", "moment2")]
+    for name, value in wrong:
+        _refused(form, "sparse_column_update", arguments, {name: value})
