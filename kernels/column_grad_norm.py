@@ -11,11 +11,28 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from pke_fast.kernels.checks import FLOATS, require, require_offsets, same_device
+
+OP = "column_grad_norm"
 BLOCK = 2048  # neurons at a time: the [d or T, block] product stays in cache-sized pieces and is never whole
 
 
 def gram_is_cheaper(tokens: int, hidden: int, neurons: int) -> bool:
     return tokens * (hidden + neurons) < hidden * neurons
+
+
+def check_arguments(grad_out: Tensor, h: Tensor, offsets: Tensor) -> None:
+    """Raises InputError unless the arguments are as `reference` describes them, each fp32, bf16 or fp16.
+
+    Offsets' values are not looked at: they may lie on a GPU.
+    """
+    require(h.dim() == 2, OP, "h", "[tokens, neurons]", list(h.shape))
+    right = grad_out.dim() == 2 and len(grad_out) == len(h)
+    require(right, OP, "grad_out", f"[{len(h)}, hidden size]", list(grad_out.shape))
+    for name, tensor in (("grad_out", grad_out), ("h", h)):
+        require(tensor.dtype in FLOATS, OP, name, "fp32, bf16 or fp16", tensor.dtype)
+    require_offsets(OP, offsets)
+    same_device(OP, grad_out=grad_out, h=h, offsets=offsets)
 
 
 def reference(grad_out: Tensor, h: Tensor, offsets: Tensor) -> Tensor:

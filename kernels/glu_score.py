@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pke_fast.kernels.checks import FLOATS, require, require_offsets, same_device
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -40,6 +42,39 @@ def halves(gate: Tensor, up: Tensor | None, fused: bool) -> tuple[Tensor, Tensor
         return gate, up
     neurons = gate.shape[1] // 2
     return gate[:, :neurons], gate[:, neurons:]
+
+
+def check_arguments(
+    op: str,
+    gate: Tensor,
+    up: Tensor | None,
+    act: str,
+    offsets: Tensor,
+    mask: Tensor | None,
+    fused: bool,
+    dh: Tensor | None = None,
+) -> None:
+    """Raises InputError unless the arguments are as `reference_fwd` and `reference_bwd` describe them.
+
+    Offsets' values are not looked at: they may lie on a GPU.
+    """
+    require(gate.dim() == 2, op, "gate", "[tokens, neurons]", list(gate.shape))
+    require(gate.dtype in FLOATS, op, "gate", "fp32, bf16 or fp16", gate.dtype)
+    require(act in ACTIVATIONS, op, "act", "one of " + ", ".join(ACTIVATIONS), act)
+    tokens, width = gate.shape
+    if fused:
+        require(up is None, op, "fused", "no up beside the gate that holds it", "both")
+        require(width % 2 == 0, op, "fused", "gate [tokens, 2 * neurons]", list(gate.shape))
+        width //= 2
+    for name, other in (("up", up), ("dh", dh)):
+        if other is not None:
+            right = list(other.shape) == [tokens, width] and other.dtype == gate.dtype
+            require(right, op, name, f"{gate.dtype} {[tokens, width]}", f"{other.dtype} {list(other.shape)}")
+    require_offsets(op, offsets)
+    if mask is not None:
+        right = list(mask.shape) == [tokens] and mask.dtype == torch.bool
+        require(right, op, "mask", f"torch.bool [{tokens}]", f"{mask.dtype} {list(mask.shape)}")
+    same_device(op, gate=gate, up=up, dh=dh, offsets=offsets, mask=mask)
 
 
 def reference_fwd(

@@ -1,0 +1,79 @@
+"""What the Triton kernels over requests of unequal lengths share: tiles of tokens, and the sums of what tiles leave.
+
+The tokens fall into segments: those before the first request, each request, those after the last one. A segment is cut
+into tiles of BT tokens from its own start, so that no tile crosses a request and a request's sums don't depend on what
+else is in the batch. The tile slots of segment i begin at start_i // BT + i: a segment never needs more slots than lie
+before the next one's, so a slot finds its tokens by comparing alone, without a scan and without the host knowing any
+length. Slots that no tile needs exit at once.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SEARCHED = 1024  # offsets compared at once; more requests than that are gone through in a loop
+
+
+def tile_slots(tokens: int, requests: int, tile: int) -> int:
+    """How many slots the tiles of all segments lie in."""
+    return tokens // tile + requests + 2
+
+
+def searched(requests: int) -> int:
+    """The constexpr BR of `find_tile`."""
+    return min(SEARCHED, triton.next_power_of_2(requests + 2))
+
+
+@triton.jit
+def segment_start(offsets, segment, tokens, requests):
+    """The first token of a segment, or of each in a block; segment 0 is what lies before the first request."""
+    inside = (segment > 0) & (segment <= requests + 1)
+    start = tl.load(offsets + segment - 1, mask=inside, other=0)
+    start = tl.where(segment > requests + 1, tokens, start)
+    return tl.minimum(tl.maximum(start, 0), tokens)  # whatever the offsets hold, no token outside is touched
+
+
+@triton.jit
+def find_tile(offsets, slot, tokens, requests, BT: tl.constexpr, BR: tl.constexpr):
+    """-> the segment that owns a slot, the slot's place in it, the segment's first token and the one after its last."""
+    before = tl.zeros([BR], dtype=tl.int32)
+    for i in range(0, requests + 2, BR):
+        b_segment = i + tl.arange(0, BR)  # [BR]
+        b_first = segment_start(offsets, b_segment, tokens, requests) // BT + b_segment
+        before += ((b_first <= slot) & (b_segment < requests + 2)).to(tl.int32)
+    segment = tl.sum(before, 0) - 1
+    start = segment_start(offsets, segment, tokens, requests)
+    end = segment_start(offsets, segment + 1, tokens, requests)
+    return segment, slot - (start // BT + segment), start, end
+
+
+@triton.jit(do_not_specialize=["tokens", "requests"])
+def ragged_sum_kernel(partials, sums, offsets, tokens, requests, neurons, BT: tl.constexpr, BN: tl.constexpr,
+                      BD: tl.constexpr):  # fmt: skip
+    """sums[r] = the partials of request r's tiles, in their order; requests of one tile have written theirs already."""
+    request = tl.program_id(0)
+    b_column = tl.program_id(1) * BD + tl.arange(0, BD)  # [BD]
+    start = segment_start(offsets, request + 1, tokens, requests)
+    end = segment_start(offsets, request + 2, tokens, requests)
+    tiles = tl.cdiv(end - start, BT)
+    if tiles <= 1:
+        return
+    first = start // BT + request + 1
+    b_sum = tl.zeros([BN, BD], dtype=tl.float32)
+    for i in range(0, tiles, BN):
+        b_tile = i + tl.arange(0, BN)  # [BN]
+        inside = (b_tile < tiles)[:, None] & (b_column < neurons)[None, :]
+        b_sum += tl.load(partials + (first + b_tile)[:, None] * neurons + b_column[None, :], mask=inside, other=0.0)
+    tl.store(sums + request.to(tl.int64) * neurons + b_column, tl.sum(b_sum, 0), mask=b_column < neurons)
+
+
+def ragged_sum(partials: Tensor, sums: Tensor, offsets: Tensor, tokens: int, tile: int) -> None:
+    """Adds up the tiles' partials [slots, D] into sums [R, D], both fp32, for the requests of more than one tile."""
+    requests, neurons = sums.shape
+    grid = (requests, triton.cdiv(neurons, 128))
+    ragged_sum_kernel[grid](
+        partials, sums, offsets, tokens, requests, neurons, BT=tile, BN=16, BD=128, num_warps=4, num_stages=1
+    )
