@@ -11,11 +11,12 @@ Triton decides when a kernel is defined whether it is compiled or interpreted: T
 from __future__ import annotations
 
 import ast
+import io
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -170,14 +171,8 @@ def compiled(launch: Launch, architecture: int) -> Resources:
         usage = _output(TOOLS / "cuobjdump", "--dump-resource-usage", cubin)
         used = {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
         stack = used["STACK"] + used["LOCAL"]
-        spills = 0
-        if stack:  # spilled registers lie in the stack frame: without one there are none, and nothing to assemble again
-            ptx = Path(folder, "kernel.ptx")
-            ptx.write_text(kernel.asm["ptx"], encoding="utf-8")
-            (target,) = re.findall(r"^\.target (\w+)", kernel.asm["ptx"], re.MULTILINE)
-            tool = TOOLS / ("ptxas-blackwell" if architecture >= 100 else "ptxas")
-            log = _output(tool if tool.exists() else TOOLS / "ptxas", "-v", f"--gpu-name={target}", ptx, "-o", cubin)
-            spills = sum(int(number) for number in re.findall(r"(\d+) bytes spill", log))
+    # spilled registers lie in the stack frame: without one there are none, and no need to compile again
+    spills = _spills(kernel, launch.options) if stack else 0
     # What a kernel's tiles take is allocated at launch and stands in the metadata; what is fixed stands in the machine
     # code, from sm_90 on with the 1 KiB that CUDA keeps for itself, which the limits above have left out already.
     fixed = max(0, used["SHARED"] - (1024 if architecture >= 90 else 0))
@@ -185,8 +180,17 @@ def compiled(launch: Launch, architecture: int) -> Resources:
 
 
 def _output(*command: str | Path) -> str:
-    done = subprocess.run([str(c) for c in command], check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return done.stdout.decode()
+    return subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True).stdout
+
+
+def _spills(kernel: Any, options: dict[str, Any]) -> int:
+    """Bytes of spills, stores and loads, as the assembler's log of the same compilation tells them."""
+    log = io.StringIO()
+    with knobs.nvidia.scope(), knobs.compilation.scope(), redirect_stdout(log):
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.always_compile = True  # nothing is logged for what comes from the cache
+        triton.compile(kernel.src, target=kernel.metadata.target, options=options)
+    return sum(int(number) for number in re.findall(r"(\d+) bytes spill", log.getvalue()))
 
 
 def never_reached(modules: Iterable[ModuleType], launches: Iterable[Launch]) -> list[str]:
