@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from pke_fast.kernels.activations_triton import activation
+from pke_fast.kernels.interpreted_triton import rounded
 from pke_fast.kernels.ragged_triton import find_tile, segment_start
-from pke_fast.kernels.rounding_triton import rounded
 
 
 @triton.jit
@@ -62,8 +62,8 @@ def glu_score_fwd_kernel(
     b_sum = tl.zeros([BS, BD], dtype=tl.float32)
     b_peak = tl.zeros([BS, BD], dtype=tl.int32)
     b_count = tl.zeros([BS], dtype=tl.int32)
-    for t in range(first, last, BS):
-        b_token = t + tl.arange(0, BS)  # [BS]
+    for i in range(0, (last - first).to(tl.int32), BS):
+        b_token = first + i + tl.arange(0, BS)  # [BS]
         inside = (b_token < last)[:, None] & (b_column < neurons)[None, :]
         b_gate = tl.load(gate + b_token[:, None] * gate_stride + b_column[None, :], mask=inside, other=0.0)
         b_h, _ = activation(b_gate.to(tl.float32), ACT)
@@ -177,8 +177,8 @@ def glu_score_bwd_kernel(
 
     b_column = block * BD + tl.arange(0, BD)  # [BD]
     b_path = tl.zeros([BS, BD], dtype=tl.float32)
-    for t in range(first, last, BS):
-        b_token = t + tl.arange(0, BS)  # [BS]
+    for i in range(0, (last - first).to(tl.int32), BS):
+        b_token = first + i + tl.arange(0, BS)  # [BS]
         inside = (b_token < last)[:, None] & (b_column < neurons)[None, :]
         b_gate = tl.load(gate + b_token[:, None] * gate_stride + b_column[None, :], mask=inside, other=0.0)
         b_dh = tl.load(dh + b_token[:, None] * dh_stride + b_column[None, :], mask=inside, other=0.0)

@@ -1,4 +1,4 @@
-"""fp32 to a narrower type in Triton, the same compiled and interpreted."""
+"""bf16 in Triton, the same compiled and interpreted: two things that the interpreter gets wrong about it."""
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
@@ -20,3 +20,12 @@ def rounded(x, dtype: tl.constexpr):
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, sums, PRECISION: tl.constexpr):
+    """sums + a b in fp32: tl.dot, but Triton's interpreter takes bf16 for integers there; their products fit fp32."""
+    if _INTERPRETED and a.dtype == tl.bfloat16:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision=PRECISION)
+    else:
+        return tl.dot(a, b, sums, input_precision=PRECISION)
