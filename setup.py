@@ -22,6 +22,8 @@ SOURCES = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "csrc").
 CUDA_SOURCES = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "csrc").glob("*.cu"))]
 # Those that the nvcc at hand knows of these; and PTX of the newest, which the driver compiles for what comes after.
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
+# Loops are only vectorised where the compiler needn't keep errno and floating-point traps as they would be one by one.
+FLAGS = "-O3 -fno-math-errno -fno-trapping-math -std=c++17 -fPIC -fvisibility=hidden -pthread -Wall -Wextra"
 # As for other builds: added to what is given to the compiler, and to the linker.
 CXXFLAGS, LDFLAGS = os.environ.get("CXXFLAGS", ""), os.environ.get("LDFLAGS", "")
 
@@ -166,7 +168,7 @@ class NinjaBuild(build_ext):
             defines = f"-DPKE_FAST_CUDA={','.join(cuda.archs)}"
         lines = [
             f"cxx = {_escape(find_compiler())}",
-            f"flags = -O3 -fno-math-errno -fno-trapping-math -std=c++17 -fPIC -fvisibility=hidden -pthread -Wall -Wextra {_escape(CXXFLAGS)}",
+            f"flags = {FLAGS} {_escape(CXXFLAGS)}",
             "rule compile",
             "  command = $cxx $flags $more -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",

@@ -1,0 +1,116 @@
+"""What gpu_kernels.py writes: a CSV, a line a provider and shape; and for people the same, with verdicts on targets."""
+
+from __future__ import annotations
+
+import csv
+import platform
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from gpu_cases import Case, Result, names
+
+import pke_fast
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = (
+    "op", "provider", "shape", "dtype", "y20", "y50", "y80", "bytes", "flops", "share", "peak_extra_bytes",
+    "gpu", "driver", "torch", "triton", "cuda", "pke_fast", "commit",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the card does at best, measured in the same run: bytes (read and written) and operations a second."""
+
+    copy: float
+    product: float
+
+    def floor_ms(self, case: Case) -> float:
+        return 1e3 * max(case.bytes / self.copy, case.flops / self.product)
+
+    def share(self, case: Case, ms: float) -> float:
+        """What part of the ceiling that binds was reached."""
+        return self.floor_ms(case) / ms
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Where and with what was measured, as the CSV's last columns."""
+    on_gpu = device.type == "cuda"
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = ""
+    return {
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else f"none: {platform.machine()} CPU",
+        "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else "",
+        "torch": torch.__version__,
+        "triton": triton,
+        "cuda": torch.version.cuda or "",
+        "pke_fast": pke_fast.__version__,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    head = _said("git", "rev-parse", "--short", "HEAD")
+    changed = _said("git", "status", "--porcelain", "--untracked-files=no")
+    return head + ("+changes" if changed else "")
+
+
+def _said(*command: str) -> str:
+    """First line that a command prints; nothing where it isn't there or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    lines = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.splitlines()
+    return lines[0].strip() if lines else ""
+
+
+def usual_path(gpu: str, date: str) -> Path:
+    return ROOT / "benchmarks" / "results" / f"{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}-{date}.csv"
+
+
+def write_csv(path: Path, rows: list[tuple[Case, str, Result]], where: dict[str, str]) -> None:
+    """Times in milliseconds; bytes and flops are the least that is needed; an empty field was not measured."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for case, provider, result in rows:
+            writer.writerow(
+                {
+                    "op": case.op,
+                    "provider": provider,
+                    "shape": case.shape,
+                    "dtype": names(case.dtype),
+                    **{name: f"{getattr(result, name):.6g}" for name in ("y20", "y50", "y80")},
+                    "bytes": case.bytes,
+                    "flops": case.flops,
+                    "share": f"{result.share:.4g}",
+                    "peak_extra_bytes": "" if result.peak_extra_bytes is None else result.peak_extra_bytes,
+                    **where,
+                }
+            )
+
+
+def text(case: Case, results: dict[str, Result], ceilings: Ceilings, judged: bool) -> str:
+    """One case for people: the prediction, a line a provider, the targets."""
+    lines = [
+        f"{case.op}  {case.shape}  {names(case.dtype)}",
+        f"  predicted: {case.bytes / 1e6:,.1f} MB, {case.flops / 1e9:,.1f} GFLOP,"
+        f" at least {ceilings.floor_ms(case):.4f} ms at this card's ceilings",
+        f"  {'':<20}{'y20 ms':>10}{'y50 ms':>10}{'y80 ms':>10}{'GB/s':>8}{'TFLOP/s':>9}{'share':>8}{'extra MB':>10}",
+    ]
+    for provider, result in results.items():
+        seconds = result.y50 / 1e3
+        extra = "" if result.peak_extra_bytes is None else f"{result.peak_extra_bytes / 1e6:,.1f}"
+        lines.append(
+            f"  {provider:<20}{result.y20:>10.4f}{result.y50:>10.4f}{result.y80:>10.4f}"
+            f"{case.bytes / seconds / 1e9:>8,.0f}{case.flops / seconds / 1e12:>9,.1f}"
+            f"{100 * result.share:>7.1f}%{extra:>10}"
+        )
+    return "\n".join([*lines, *(f"  {target.verdict(results, judged)}" for target in case.targets), ""])
