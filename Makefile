@@ -30,13 +30,13 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 NATIVE := $(wildcard csrc/*)
 
-.PHONY: help demo test check lint bench gpu wheels clean
+.PHONY: help demo test check lint sanitize bench gpu wheels clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    install, then locate, edit and evaluate on a small embedded model"
 	@echo "make test    install and run the tests, less the slow ones"
-	@echo "make check   lint, types and the slow tests"
+	@echo "make check   lint, types, sanitizers and the slow tests"
 	@echo "make lint    ruff, mypy and, where it is installed, clang-format"
 	@echo "make bench   benchmarks"
 	@echo "make gpu     on a machine with a GPU: build with nvcc, run the GPU tests, then time every op"
@@ -50,15 +50,19 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
-check: lint
+check: lint sanitize
 	$(PYTEST) -m "slow and not gpu" $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m mypy
-	@if command -v clang-format >/dev/null; then clang-format --dry-run --Werror csrc/*; \
+	@if command -v clang-format >/dev/null; then clang-format --dry-run --Werror csrc/* tests/native/*; \
 	else echo "clang-format is not installed: csrc/ was not checked"; fi
+
+sanitize: $(VENV)/.installed
+	@if [ "$$(uname -s)" = Linux ] && command -v $${CXX:-g++} >/dev/null; then ./scripts/sanitize.sh; \
+	else echo "no g++ on Linux: csrc/ was not run under the sanitizers"; fi
 
 bench: $(VENV)/.installed
 	$(PYTEST) benchmarks $(ARGS)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pke_fast.kernels.select_hotspots import native, reference
+from pke_fast.kernels.select_hotspots import reference
+from pke_fast.kernels.select_hotspots_native import select_hotspots as native
 
 # Layers, neurons a layer and k: Llama-3-8B's 32 x 14,336 with the default k, and 400 such layers.
 SIZES = {"458,752 k=1,000": (32, 14336, 1_000), "5,734,400 k=50,000": (400, 14336, 50_000)}

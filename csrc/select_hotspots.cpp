@@ -6,12 +6,16 @@
 #include <functional>
 #include <vector>
 
+#include "score_order.h"
+
 #ifdef _MSC_VER
 #include <intrin.h>
 #endif
 
-// One binary for every x86-64 processor: the loader picks the widest version that the processor has (needs glibc).
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+// One binary for every x86-64 processor: the loader picks the widest version that the processor has (needs glibc). Not
+// under a sanitizer: the loader picks before the sanitizer's own code can run.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define PKE_FAST_WIDEST __attribute__((target_clones("default", "avx2", "avx512f")))
 #else
 #define PKE_FAST_WIDEST
@@ -20,26 +24,14 @@
 namespace pke_fast {
 namespace {
 
-// A score's bits as an integer of the same order: -inf is 0, -0 equals +0, and every NaN is above kRawInfinity.
-// Comparing integers also keeps denormals apart where the processor is set to flush them to zero.
-constexpr uint32_t kMagnitudeOfInfinity = 0x7f800000u;  // IEEE 754 binary32
-constexpr uint32_t kRawInfinity = 2 * kMagnitudeOfInfinity;
-
-inline uint32_t raw_key(float score) {
+inline uint32_t bits_of(float score) {
     uint32_t bits;
     std::memcpy(&bits, &score, sizeof bits);
-    const uint32_t magnitude = bits & 0x7fffffffu;
-    const uint32_t value = bits >> 31 ? 0u - magnitude : magnitude;  // sign and magnitude to two's complement
-    return value + kMagnitudeOfInfinity;                             // a negative NaN wraps round to the top
+    return bits;
 }
 
-// What scores are chosen by: a NaN comes below everything, the numbers from 1 up.
-constexpr uint32_t kNaN = 0;
-
-inline uint32_t order_key(float score) {
-    const uint32_t raw = raw_key(score);
-    return raw > kRawInfinity ? kNaN : raw + 1;
-}
+inline uint32_t raw_key(float score) { return pke_fast::raw_key<Float32>(bits_of(score)); }
+inline uint32_t order_key(float score) { return pke_fast::order_key<Float32>(bits_of(score)); }
 
 // Scores looked at together: one test skips them all. 64 fill four AVX-512 registers and one word of flags.
 constexpr std::size_t kBlock = 64;
@@ -175,9 +167,9 @@ std::size_t append_best(Scan scan, std::size_t k, uint32_t minimum, Candidates& 
     return scan.nans;
 }
 
-}  // namespace
-
-HotspotCounts select_hotspots(const HotspotQuery& query, int64_t* layer_ptr, int64_t* chosen_neurons) {
+// One row's best, in ascending order of position; returns the NaNs.
+std::size_t choose(const HotspotQuery& query, const float* scores, const uint8_t* exclude, Candidates& found,
+                   std::vector<uint32_t>& scratch) {
     const bool bounded = !(std::isinf(query.minimum) && query.minimum < 0);
     uint32_t minimum = bounded ? order_key(query.minimum) : kNaN;
     const std::size_t k = std::max<std::size_t>(query.k, 1);
@@ -185,26 +177,41 @@ HotspotCounts select_hotspots(const HotspotQuery& query, int64_t* layer_ptr, int
     const std::size_t step = query.layer_cap ? 1 : query.end - query.first;
     const std::size_t most = query.layer_cap ? std::min(query.layer_cap, k) : k;
 
-    Candidates found;
-    std::vector<uint32_t> scratch;
+    found.count = 0;
     std::size_t nans = 0;
     for (std::size_t layer = query.first; layer < query.end; layer += step) {
-        const Scan scan{query.scores, query.exclude, layer * query.neurons, (layer + step) * query.neurons, minimum, 0};
+        const Scan scan{scores, exclude, layer * query.neurons, (layer + step) * query.neurons, minimum, 0};
         nans += append_best(scan, most, minimum, found, scratch);
         if (found.count >= 2 * k) minimum = keep_best(found, 0, k, scratch) + 1;
     }
     if (found.count > k) keep_best(found, 0, k, scratch);
     if (query.k == 0) found.count = 0;
+    return nans;
+}
 
-    std::size_t i = 0;
-    for (std::size_t layer = 0; layer < query.layers; ++layer) {
-        layer_ptr[layer] = static_cast<int64_t>(i);
-        const int64_t base = static_cast<int64_t>(layer * query.neurons);
-        const int64_t next_base = base + static_cast<int64_t>(query.neurons);
-        for (; i < found.count && found.positions[i] < next_base; ++i) chosen_neurons[i] = found.positions[i] - base;
+}  // namespace
+
+void select_hotspots(const HotspotQuery& query, const HotspotResult& result) {
+    Candidates found;
+    std::vector<uint32_t> scratch;
+    int64_t* layer_ptr = result.layer_ptr;
+    int64_t chosen = 0;
+    for (std::size_t row = 0; row < query.rows; ++row) {
+        const std::size_t offset = row * query.layers * query.neurons;
+        const uint8_t* exclude = query.exclude ? query.exclude + offset : nullptr;
+        const auto* scores = static_cast<const float*>(query.scores);
+        result.nan_counts[row] = static_cast<int64_t>(choose(query, scores + offset, exclude, found, scratch));
+        std::size_t i = 0;
+        for (std::size_t layer = 0; layer < query.layers; ++layer) {
+            *layer_ptr++ = chosen;
+            const int64_t base = static_cast<int64_t>(layer * query.neurons);
+            const int64_t next_base = base + static_cast<int64_t>(query.neurons);
+            for (; i < found.count && found.positions[i] < next_base; ++i) {
+                result.neurons[chosen++] = found.positions[i] - base;
+            }
+        }
+        *layer_ptr++ = chosen;
     }
-    layer_ptr[query.layers] = static_cast<int64_t>(i);
-    return {found.count, nans};
 }
 
 }  // namespace pke_fast

@@ -1,9 +1,21 @@
 // One binary for every x86-64 processor: the loader picks the widest version of a function that the processor has.
 #pragma once
 
-// Needs glibc's indirect functions. "haswell" is AVX2 with FMA and F16C, "skylake-avx512" is AVX-512 F, BW, DQ and VL.
+// Needs glibc's indirect functions. x86-64-v3 is AVX2 with FMA and F16C, x86-64-v4 adds AVX-512 F, BW, DQ and VL. The
+// levels are features: a processor's name there (arch=haswell) would match that one model and leave AMD's to "default".
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define PKE_FAST_WIDEST __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
+#if __GNUC__ >= 12
+#define PKE_FAST_WIDEST __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define PKE_FAST_WIDEST __attribute__((target_clones("default", "avx2", "avx512f")))
+#endif
 #else
 #define PKE_FAST_WIDEST
+#endif
+
+// For what such a function calls: only what is inlined into it is compiled for its processors.
+#ifdef _MSC_VER
+#define PKE_FAST_INLINE __forceinline
+#else
+#define PKE_FAST_INLINE __attribute__((always_inline)) inline
 #endif

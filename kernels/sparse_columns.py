@@ -11,6 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pke_fast.kernels.checks import require, same_device
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def reference_grad(grad_out: Tensor, h: Tensor, into: Tensor) -> None:
     """Adds the selected columns' gradient, h^T G, to `into`.
@@ -110,3 +114,50 @@ def read_columns(weight: Tensor, axis: int, neurons: Tensor) -> Tensor:
     """The neurons' columns (axis 1) or rows (axis 0) of `weight` as a new tensor [n, d] in its dtype."""
     picked = weight.index_select(axis, neurons)
     return picked.T.contiguous() if axis == 1 else picked
+
+
+def check_grad(grad_out: Tensor, h: Tensor, into: Tensor, op: str = "sparse_column_grad") -> None:
+    """Raises InputError unless the arguments are as `reference_grad` describes them, and rows of `into` are dense."""
+    same_device(op, grad_out=grad_out, h=h, into=into)
+    require(grad_out.dim() == 2, op, "grad_out", "[tokens, d]", list(grad_out.shape))
+    require(grad_out.dtype in DTYPES, op, "grad_out", "fp32, bf16 or fp16", grad_out.dtype)
+    require(h.dim() == 2 and len(h) == len(grad_out), op, "h", f"[{len(grad_out)} tokens, n]", list(h.shape))
+    require(h.dtype == grad_out.dtype, op, "h", f"grad_out's dtype, {grad_out.dtype}", h.dtype)
+    shape = (h.shape[1], grad_out.shape[1])
+    require(into.shape == shape, op, "into", f"[n, d] = {list(shape)}", list(into.shape))
+    require(into.dtype == torch.float32, op, "into", "fp32", into.dtype)
+    # It is changed in place, so a dense copy would be lost.
+    require(into.shape[1] <= 1 or into.stride(1) == 1, op, "into", "rows of neighbouring elements", into.stride())
+
+
+def check_weight(op: str, weight: Tensor, axis: int, neurons: Tensor, values: Tensor, name: str) -> None:
+    """Raises InputError unless neurons of `weight` can be replaced by `values`, [n, d] of any float dtype."""
+    same_device(op, weight=weight, neurons=neurons, **{name: values})
+    require(weight.dim() == 2, op, "weight", "two dimensions", list(weight.shape))
+    require(weight.dtype in DTYPES, op, "weight", "fp32, bf16 or fp16", weight.dtype)
+    overlaps = any(size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True))
+    require(not overlaps, op, "weight", "each element in a place of its own", f"strides {weight.stride()}")
+    require(axis in (0, 1), op, "axis", "0 (neurons are rows) or 1 (columns)", axis)
+    require(neurons.dim() == 1, op, "neurons", "[n]", list(neurons.shape))
+    require(neurons.dtype == torch.int64, op, "neurons", "int64", neurons.dtype)
+    shape = (len(neurons), weight.shape[1 - axis])
+    require(values.shape == shape, op, name, f"[n, d] = {list(shape)}", list(values.shape))
+    require(values.is_floating_point(), op, name, "a float dtype", values.dtype)
+
+
+def check_update(
+    weight: Tensor, axis: int, neurons: Tensor, step: int, op: str = "sparse_column_update", **state: Tensor
+) -> None:
+    """Raises InputError unless weight, neurons and every tensor of the state are as `reference_update` describes them.
+
+    The state's tensors have to be contiguous: they are changed in place.
+    """
+    first, *_ = state
+    check_weight(op, weight, axis, neurons, state[first], first)
+    shape = state[first].shape
+    for name, tensor in state.items():
+        if tensor.shape != shape or tensor.device != weight.device:
+            check_weight(op, weight, axis, neurons, tensor, name)
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            require(False, op, name, "fp32, contiguous", f"{tensor.dtype}, strides {tensor.stride()}")
+    require(step >= 1, op, "step", "1 for the first, then more", step)

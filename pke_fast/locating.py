@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Located:
         if self.unsafe is not None:
             row["weight_change"] = float(self.unsafe.weight_change[layer, neuron])
             row["activation_path"] = float(self.unsafe.activation_path[layer, neuron])
+            row["activation"] = float(self.unsafe.activation[layer, neuron])
         return row
 
     def top(self, limit: int | None = None) -> list[dict[str, Any]]:
@@ -65,6 +66,7 @@ class Located:
             if scores is not None:
                 tensors[f"{name}.weight_change"] = scores.weight_change
                 tensors[f"{name}.activation_path"] = scores.activation_path
+                tensors[f"{name}.activation"] = scores.activation
         if self.drift is not None:
             tensors["drift"] = self.drift
         if self.layer_path is not None:
@@ -113,7 +115,7 @@ def locate_hot_spots(bench: Workbench, job: Job, *, first: int = 0, drift: Tenso
         )
         locality = _score(bench, [[(pairs[i], 1.0)] for i in chosen], "Scoring the benign pairs", first)
     if drift is not None:
-        unsafe = Scores(drift, unsafe.activation_path, unsafe.requests, unsafe.first)
+        unsafe = replace(unsafe, weight_change=drift)
     score_map = hotspots.rank(unsafe, locality, bench.config)
     with bench.stages.stage("Selecting the hot spots", 1):
         selected = hotspots.select(score_map, bench.config)

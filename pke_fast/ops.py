@@ -85,11 +85,11 @@ OPS: dict[str, Op] = {
         "(Tensor scores, int k, int first, int end, int per_layer_cap, Tensor? exclude, float minimum)"
         " -> (Tensor, Tensor, Tensor)",
         lambda scores, k, *_: (
-            scores.new_empty(scores.shape[0] + 1, dtype=torch.int64),
+            scores.new_empty((*scores.shape[:-2], scores.shape[-2] + 1), dtype=torch.int64),
             scores.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64),
-            scores.new_empty((), dtype=torch.int64),
+            scores.new_empty(scores.shape[:-2], dtype=torch.int64),
         ),
-        {"reference": "select_hotspots:reference", "native": "select_hotspots:native"},
+        {"reference": "select_hotspots:reference", "native": "select_hotspots_native:select_hotspots"},
     ),
     "sparse_column_grad": Op(
         "(Tensor grad_out, Tensor h, Tensor(a!) into) -> ()",

@@ -1,4 +1,4 @@
-"""Scores of every neuron: weight change and activation path, layer by layer over the tape, O(L * D) kept."""
+"""Scores of every neuron: weight change, activation path, activation; layer by layer over the tape, O(L * D) kept."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ class Scores:
     Attributes:
         weight_change: fp32 [L, D] on the CPU: mean over requests of ||dL_r/dW_down[:, i]||_2.
         activation_path: fp32 [L, D]: mean over requests of sum_t |h_ti * dL_r/dh_ti|.
+        activation: fp32 [L, D]: mean over requests of the mean over tokens of |h_ti|.
         requests: how many requests.
         first: layers below were not scored; their rows are 0.
     """
 
     weight_change: Tensor
     activation_path: Tensor
+    activation: Tensor
     requests: int
     first: int = 0
 
@@ -52,6 +54,7 @@ class Scores:
         return Scores(
             a * self.weight_change + b * other.weight_change,
             a * self.activation_path + b * other.activation_path,
+            a * self.activation + b * other.activation,
             total,
             max(self.first, other.first),
         )
@@ -68,13 +71,13 @@ def score(
 ) -> Scores:
     """Scores the neurons of the layers from `first` on by the gradient of each example's loss.
 
-    Memory: what enters each layer for one micro-batch, one layer's activations, and two [L, D] sums.
+    Memory: what enters each layer for one micro-batch, one layer's activations, and three [L, D] sums.
 
     Raises:
         InputError: a score is not finite.
     """
     depth, device = len(structure.layers), structure.device
-    sums = torch.zeros(2, depth, structure.neurons, device=device)
+    sums = torch.zeros(3, depth, structure.neurons, device=device)
     sequences = [sequence for example in examples for sequence, _ in example]
     signs = torch.tensor([sign for example in examples for _, sign in example])
     groups = [index for index, example in enumerate(examples) for _ in example]
@@ -87,11 +90,11 @@ def score(
             f"the scores of layer {layer} are not finite", do="check the model, or load it in fp32 or bf16"
         )
     means = (sums / max(1, len(examples))).cpu()
-    return Scores(means[0], means[1], len(examples), first)
+    return Scores(means[0], means[1], means[2], len(examples), first)
 
 
 def _score_batch(structure: Structure, batch: Batch, signs: Tensor, first: int, sums: Tensor) -> None:
-    """Adds one micro-batch's weight changes to sums[0] and its paths to sums[1]; nothing else outlives it."""
+    """Adds one micro-batch's weight changes to sums[0], paths to sums[1] and activations to sums[2]."""
     tape = record(structure, batch, first)
     assert tape.top is not None
     offsets = batch.group_offsets().to(structure.device)
@@ -130,16 +133,25 @@ def drift(before: Structure, after: Structure) -> Tensor:
 
 
 class _GluScore(torch.autograd.Function):
-    """act(gate) * up through the fused op, whose backward adds each neuron's activation path to `into` [D]."""
+    """act(gate) * up through the fused op: its forward adds each neuron's mean activation to `activation` [D], its
+    backward each neuron's activation path to `path` [D]."""
 
     @staticmethod
     def forward(
-        ctx: Any, gate: Tensor, up: Tensor | None, mlp: MLP, offsets: Tensor, counted: Tensor, into: Tensor
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor | None,
+        mlp: MLP,
+        offsets: Tensor,
+        counted: Tensor,
+        path: Tensor,
+        activation: Tensor,
     ) -> Tensor:
         flat = [None if x is None else x.flatten(0, -2) for x in (gate, up)]
         ctx.save_for_backward(*flat, offsets, counted)
-        ctx.act, ctx.fused, ctx.into, ctx.shape = mlp.act, mlp.fused, into, gate.shape
-        h, _, _ = torch.ops.pke_fast.glu_score_fwd(*flat, mlp.act, offsets, counted, mlp.fused)
+        ctx.act, ctx.fused, ctx.into, ctx.shape = mlp.act, mlp.fused, path, gate.shape
+        h, mean, _ = torch.ops.pke_fast.glu_score_fwd(*flat, mlp.act, offsets, counted, mlp.fused)
+        activation.add_(mean.sum(0))
         return h.unflatten(0, gate.shape[:-1])
 
     @staticmethod
@@ -148,16 +160,19 @@ class _GluScore(torch.autograd.Function):
         dh = grads[0].flatten(0, -2)
         dgate, dup, path = torch.ops.pke_fast.glu_score_bwd(dh, gate, up, ctx.act, offsets, counted, ctx.fused)
         ctx.into.add_(path.sum(0))
-        return dgate.view(ctx.shape), None if up is None else dup.view(ctx.shape), None, None, None, None
+        return dgate.view(ctx.shape), None if up is None else dup.view(ctx.shape), *[None] * 5
 
 
 class _PathTap(torch.autograd.Function):
-    """The identity on h, whose backward adds each neuron's activation path to `into` [D]."""
+    """The identity on h, with the same two sums as `_GluScore`, for an activation that has no form in the op."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, offsets: Tensor, into: Tensor) -> Tensor:
+    def forward(ctx: Any, h: Tensor, offsets: Tensor, counted: Tensor, path: Tensor, activation: Tensor) -> Tensor:
         ctx.save_for_backward(h, offsets)
-        ctx.into = into
+        ctx.into = path
+        size = h.abs().float().flatten(0, -2).masked_fill_(~counted[:, None], 0)
+        tokens = segment_sum(counted[:, None].float(), offsets).clamp_(min=1)
+        activation.add_((segment_sum(size, offsets) / tokens).sum(0))
         return h.view_as(h)
 
     @staticmethod
@@ -165,7 +180,7 @@ class _PathTap(torch.autograd.Function):
         h, offsets = ctx.saved_tensors
         path = (h.float() * grads[0].float()).abs_().flatten(0, -2)
         ctx.into.add_(segment_sum(path, offsets).sum(0))
-        return grads[0], None, None
+        return grads[0], None, None, None, None
 
 
 class _ColumnTap(torch.autograd.Function):
@@ -187,7 +202,7 @@ class _ColumnTap(torch.autograd.Function):
 
 @contextmanager
 def _scored(mlp: MLP, offsets: Tensor, counted: Tensor, into: Tensor) -> Iterator[None]:
-    """While it lasts, a backward pass through the MLP adds its weight changes to into[0] and its paths to into[1].
+    """While it lasts, a pass through the MLP and back adds to its weight changes, paths and activations, into [3, D].
 
     Args:
         offsets: int64 [R + 1], where each request's tokens begin in the flattened [B * T].
@@ -198,7 +213,7 @@ def _scored(mlp: MLP, offsets: Tensor, counted: Tensor, into: Tensor) -> Iterato
         return _ColumnTap.apply(out, args[0].detach(), offsets, into[0])
 
     def tap_input(_module: Any, args: Any) -> Any:
-        return (_PathTap.apply(args[0], offsets, into[1]),)
+        return (_PathTap.apply(args[0], offsets, counted, into[1], into[2]),)
 
     handles = [mlp.down.register_forward_hook(tap_output)]
     if mlp.act is None:
@@ -209,7 +224,7 @@ def _scored(mlp: MLP, offsets: Tensor, counted: Tensor, into: Tensor) -> Iterato
 
     def forward(x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         gate, up = mlp.projections(x)
-        return mlp.down(_GluScore.apply(gate, up, mlp, offsets, counted, into[1]))
+        return mlp.down(_GluScore.apply(gate, up, mlp, offsets, counted, into[1], into[2]))
 
     with hooks(*handles), replaced_forward(mlp.module, forward):
         yield

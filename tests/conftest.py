@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads would only wait for each other
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels run on the CPU, in its interpreter
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--extension", type=Path, metavar="FOLDER", help="test the pke_fast/_native that lies in this folder"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    folder = config.getoption("--extension")
+    if folder is None:
+        return
+    import pke_fast
+
+    pke_fast.__path__.insert(0, str(Path(folder, "pke_fast").resolve()))
+    found = Path(importlib.import_module("pke_fast._native").__file__)
+    if not found.is_relative_to(Path(folder).resolve()):
+        raise pytest.UsageError(f"there is no pke_fast/_native in {folder}: {found} would be tested")
 
 
 @pytest.fixture

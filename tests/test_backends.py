@@ -56,6 +56,7 @@ def test_an_edit_is_the_same_in_every_backend(family, backend, device, monkeypat
         assert set(ran.values()) <= {backend, "reference"}
         assert ran["glu_score_bwd"] == ran["column_grad_norm"] == ran["sparse_column_update"] == backend
     assert off(ours.located.unsafe.weight_change, truth.located.unsafe.weight_change) < 1e-3
+    assert off(ours.located.unsafe.activation, truth.located.unsafe.activation) < 1e-3
     assert off(ours.located.unsafe.activation_path, truth.located.unsafe.activation_path) < 1e-3
     losses = [[step["loss"] for step in result.report["losses"]["steps"]] for result in (ours, truth)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

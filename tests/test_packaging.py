@@ -95,9 +95,9 @@ def test_wheel_works_alone(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     program = """
 import importlib.util, torch, pke_fast
-from pke_fast.kernels import select_hotspots
+from pke_fast.kernels import select_hotspots, select_hotspots_native
 print(pke_fast.__file__, select_hotspots.__file__, importlib.util.find_spec("kernels"), sep="\\n")
-print(select_hotspots.native(torch.tensor([[1.0, 3.0, 2.0]]), 2, 0, 1).neurons.tolist())
+print(select_hotspots_native.select_hotspots(torch.tensor([[1.0, 3.0, 2.0]]), 2, 0, 1).neurons.tolist())
 """
     done = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert done.returncode == 0, done.stderr
@@ -112,7 +112,7 @@ print(select_hotspots.native(torch.tensor([[1.0, 3.0, 2.0]]), 2, 0, 1).neurons.t
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"PKE_FAST_CUDA": "1"}, "PKE_FAST_CUDA=1: csrc has no CUDA sources"),
+        ({"PKE_FAST_CUDA": "1", "CUDA_HOME": "/nowhere"}, "PKE_FAST_CUDA=1, but .*: no nvcc in CUDA_HOME=/nowhere"),
         ({"PKE_FAST_CUDA": "yes"}, "PKE_FAST_CUDA=yes: expected auto, 0 or 1"),
         ({"CXX": "no-such-compiler", "PATH": "/nowhere"}, "apt install g++"),
     ],
@@ -120,5 +120,5 @@ print(select_hotspots.native(torch.tensor([[1.0, 3.0, 2.0]]), 2, 0, 1).neurons.t
 def test_build_that_can_not_be_says_why(tmp_path: Path, environment: dict[str, str], message: str) -> None:
     failed = run(*PIP, "wheel", "--no-deps", copy_of_the_source(tmp_path), cwd=tmp_path, **environment)
     assert failed.returncode != 0
-    assert message in failed.stdout + failed.stderr
+    assert re.search(message, failed.stdout + failed.stderr)
     assert not list(tmp_path.glob("*.whl"))

@@ -16,13 +16,14 @@ from pke_fast.structure import find_structure
 from pke_fast.testing import FAMILIES, LAYERS, NEURONS, tiny_model
 
 PAD = 259
+NAMES = ("weight_change", "activation_path", "activation")
 
 
 def by_autograd(model, examples):
-    """Weight change and activation path by whole dense gradients, one example at a time, no padding."""
+    """Weight change, path and activation by whole dense gradients, one example at a time, no padding."""
     structure = find_structure(model)
     weights = [mlp.down.weight.requires_grad_() for mlp in structure.mlps]
-    change, path = torch.zeros(LAYERS, NEURONS), torch.zeros(LAYERS, NEURONS)
+    change, path, activation = (torch.zeros(LAYERS, NEURONS) for _ in range(3))
     for example in examples:
         kept = []
 
@@ -42,10 +43,17 @@ def by_autograd(model, examples):
         loss.backward()
         for layer, mlp in enumerate(structure.mlps):
             change[layer] += weights[layer].grad.norm(dim=1 - mlp.axis) / len(examples)
+        tokens = sum(len(sequence.ids) for sequence, _ in example)
         for index, h in enumerate(kept):
             path[index % LAYERS] += (h.detach() * h.grad).abs().sum((0, 1)) / len(examples)
+            activation[index % LAYERS] += h.detach().abs().sum((0, 1)) / tokens / len(examples)
     model.requires_grad_(False)
-    return change, path
+    return {"weight_change": change, "activation_path": path, "activation": activation}
+
+
+def assert_near(ours, truth, tolerance=1e-5):
+    for name, wanted in truth.items():
+        assert relative(getattr(ours, name), wanted) < tolerance, name
 
 
 def relative(ours, truth):
@@ -56,11 +64,10 @@ def relative(ours, truth):
 def test_scores_are_those_of_plain_autograd(family, sequences):
     model = tiny_model(family)
     examples = [[(sequence, 1.0)] for sequence in sequences(7)]
-    change, path = by_autograd(model, examples)
+    truth = by_autograd(model, examples)
     for tokens in (1, 64, 10_000):  # a sequence at a time, some, all with padding
         ours = score(find_structure(model), examples, pad_id=PAD, micro_batch_tokens=tokens)
-        assert relative(ours.weight_change, change) < 1e-5
-        assert relative(ours.activation_path, path) < 1e-5
+        assert_near(ours, truth)
         assert ours.requests == 7
 
 
@@ -68,10 +75,9 @@ def test_a_contrast_is_the_norm_of_the_difference(sequences):
     model = tiny_model("llama")
     a, b = sequences(4), sequences(4, seed=1)
     examples = [[(x, 1.0), (y, -1.0)] for x, y in zip(a, b, strict=True)]
-    change, path = by_autograd(model, examples)
+    truth = by_autograd(model, examples)
     ours = score(find_structure(model), examples, pad_id=PAD, micro_batch_tokens=50)
-    assert relative(ours.weight_change, change) < 1e-5
-    assert relative(ours.activation_path, path) < 1e-5
+    assert_near(ours, truth)
 
 
 def test_an_unknown_activation_scores_the_same_way(sequences):
@@ -79,12 +85,11 @@ def test_an_unknown_activation_scores_the_same_way(sequences):
     for layer in model.model.layers:
         layer.mlp.act_fn = nn.Softsign()
     examples = [[(sequence, 1.0)] for sequence in sequences(5)]
-    change, path = by_autograd(model, examples)
+    truth = by_autograd(model, examples)
     structure = find_structure(model)
     assert structure.mlps[0].act is None
     ours = score(structure, examples, pad_id=PAD, micro_batch_tokens=64)
-    assert relative(ours.weight_change, change) < 1e-5
-    assert relative(ours.activation_path, path) < 1e-5
+    assert_near(ours, truth)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -95,8 +100,7 @@ def test_half_precision_is_near_fp32(dtype, sequences):
     ours = score(find_structure(half), examples, pad_id=PAD, micro_batch_tokens=64)
     truth = score(find_structure(exact), examples, pad_id=PAD, micro_batch_tokens=64)
     eps = torch.finfo(half.dtype).eps
-    assert relative(ours.weight_change, truth.weight_change) < 8 * eps
-    assert relative(ours.activation_path, truth.activation_path) < 8 * eps
+    assert_near(ours, {name: getattr(truth, name) for name in NAMES}, 8 * eps)
 
 
 HALF = """
@@ -108,7 +112,7 @@ from pke_fast.testing import tiny_model
 
 examples = [[(Encoded(tuple(ids), length), 1.0)] for ids, length in torch.load(sys.argv[1])]
 scores = score(find_structure(tiny_model("llama").requires_grad_(False)), examples, pad_id=259, micro_batch_tokens=64)
-torch.save([scores.weight_change, scores.activation_path, scores.requests], sys.argv[2])
+torch.save([scores.weight_change, scores.activation_path, scores.activation, scores.requests], sys.argv[2])
 """
 
 
@@ -124,8 +128,8 @@ def test_two_processes_add_up_to_one(sequences, tmp_path):
         parts.append(Scores(*torch.load(told)))
     total = parts[0] + parts[1]
     assert total.requests == 7
-    torch.testing.assert_close(total.weight_change, whole.weight_change, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(total.activation_path, whole.activation_path, rtol=1e-5, atol=1e-7)
+    for name in NAMES:
+        torch.testing.assert_close(getattr(total, name), getattr(whole, name), rtol=1e-5, atol=1e-7)
 
 
 def test_layers_below_the_first_are_not_scored_and_the_rest_are_the_same(sequences):
@@ -133,10 +137,9 @@ def test_layers_below_the_first_are_not_scored_and_the_rest_are_the_same(sequenc
     examples = [[(sequence, 1.0)] for sequence in sequences(3)]
     whole = score(structure, examples, pad_id=PAD, micro_batch_tokens=64)
     upper = score(structure, examples, pad_id=PAD, micro_batch_tokens=64, first=2)
-    assert not upper.weight_change[:2].any()
-    assert not upper.activation_path[:2].any()
-    assert torch.equal(upper.weight_change[2], whole.weight_change[2])
-    assert torch.equal(upper.activation_path[2], whole.activation_path[2])
+    for name in NAMES:
+        assert not getattr(upper, name)[:2].any()
+        assert torch.equal(getattr(upper, name)[2], getattr(whole, name)[2])
     assert torch.equal(whole.layer_path, whole.activation_path.sum(1))
 
 
@@ -144,8 +147,7 @@ def test_the_same_input_gives_the_same_bits(sequences):
     structure = find_structure(tiny_model("qwen2").requires_grad_(False))
     examples = [[(sequence, 1.0)] for sequence in sequences(5)]
     first, second = (score(structure, examples, pad_id=PAD, micro_batch_tokens=40) for _ in range(2))
-    assert torch.equal(first.weight_change, second.weight_change)
-    assert torch.equal(first.activation_path, second.activation_path)
+    assert all(torch.equal(getattr(first, name), getattr(second, name)) for name in NAMES)
 
 
 def test_scores_that_are_not_finite_are_refused(sequences):
@@ -181,5 +183,5 @@ def _narrow():
 
 
 def test_adding_nothing_to_nothing():
-    empty = Scores(torch.zeros(1, 2), torch.zeros(1, 2), 0)
+    empty = Scores(*torch.zeros(3, 1, 2), 0)
     assert (empty + empty).requests == 0

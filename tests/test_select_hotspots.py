@@ -8,16 +8,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hotspot_problems import DENORMAL, INF, NAN, assert_equal, problems, random_scores
 from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from pke_fast import native as loader
 from pke_fast.errors import InputError, PKEError
-from pke_fast.kernels.select_hotspots import native, reference
-
-INF, NAN = math.inf, math.nan
-DENORMAL = 1e-45
+from pke_fast.kernels.select_hotspots import reference
+from pke_fast.kernels.select_hotspots_native import select_hotspots as native
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -30,16 +28,7 @@ def one_thread() -> Iterator[None]:
 
 
 def assert_same(scores: Tensor, k: int, first: int, end: int, *rest: object) -> None:
-    expected = reference(scores, k, first, end, *rest)
-    got = native(scores, k, first, end, *rest)
-    assert got.layer_ptr.tolist() == expected.layer_ptr.tolist()
-    assert torch.equal(got.neurons, expected.neurons)
-    assert int(got.nan_count) == int(expected.nan_count)
-    assert got.layer_ptr.dtype == got.neurons.dtype == got.nan_count.dtype == torch.int64
-
-
-def random_scores(depth: int, width: int, seed: int = 0) -> Tensor:
-    return torch.randn(depth, width, generator=torch.Generator().manual_seed(seed))
+    assert_equal(native(scores, k, first, end, *rest), reference(scores, k, first, end, *rest))
 
 
 @pytest.mark.parametrize("choose", [reference, native])
@@ -72,36 +61,57 @@ def test_order_of_special_values(choose) -> None:
         assert int(chosen.nan_count) == 3
 
 
-VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, INF, -INF, NAN, DENORMAL, -DENORMAL, 1e30, -1e30, 0.5, 0.25])
+@pytest.mark.parametrize("choose", [reference, native])
+def test_rows_by_hand(choose) -> None:
+    scores = torch.tensor([[[1.0, 3.0], [2.0, NAN]], [[0.0, 0.0], [7.0, 0.0]]])
+    chosen = choose(scores, 2, 0, 2)
+    assert chosen.layer_ptr.tolist() == [[0, 1, 2], [2, 3, 4]]
+    assert chosen.neurons.tolist() == [1, 0, 0, 0]
+    assert chosen.nan_count.tolist() == [1, 0]
+    few = choose(scores, 2, 0, 2, 0, None, 2.5)  # the second row begins where the first one ends
+    assert (few.layer_ptr.tolist(), few.neurons.tolist()) == ([[0, 1, 1], [1, 1, 2]], [1, 0])
+    none = choose(torch.empty(0, 2, 2), 2, 0, 2)
+    assert [part.shape for part in none] == [(0, 3), (0,), (0,)]
 
 
-@st.composite
-def problems(draw: st.DrawFn) -> tuple:
-    depth, width = draw(st.integers(1, 5)), draw(st.sampled_from([1, 2, 7, 63, 64, 65, 200]))
-    size = depth * width
-    if draw(st.booleans()):  # a few values only: ties everywhere
-        pool = draw(st.lists(VALUES, min_size=1, max_size=4))
-        picks = torch.randint(len(pool), (size,), generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
-        scores = torch.tensor(pool)[picks]
-    else:
-        scores = random_scores(1, size, draw(st.integers(0, 99)))[0]
-        for place, value in draw(st.lists(st.tuples(st.integers(0, size - 1), VALUES), max_size=8)):
-            scores[place] = value
-    first = draw(st.integers(0, depth))
-    end = draw(st.integers(first, depth))
-    k = draw(st.one_of(st.sampled_from([0, 1, size]), st.integers(0, size)))
-    cap = draw(st.one_of(st.just(0), st.integers(1, width + 1)))
-    share = draw(st.sampled_from([None, 0.0, 0.3, 1.0]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-    exclude = None if share is None else torch.rand(depth, width, generator=generator) < share
-    minimum = draw(st.one_of(st.just(-INF), VALUES.filter(lambda v: not math.isnan(v)), st.just(-1e300)))
-    return scores.reshape(depth, width), k, first, end, cap, exclude, minimum
+def rank(score: float) -> tuple[bool, float]:
+    return (True, 0.0) if math.isnan(score) else (False, -score)
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems())
+def test_reference_is_a_sort(problem) -> None:
+    """The reference against Python's own stable sort, row by row."""
+    scores, k, first, end, cap, exclude, minimum = problem
+    chosen = reference(*problem)
+    depth, width = scores.shape[-2:]
+    rows = scores.reshape(-1, depth, width).tolist()
+    excluded = [[[False] * width] * depth] * len(rows)
+    if exclude is not None:
+        excluded = exclude.reshape(-1, depth, width).tolist()
+    for row, flags, pointers in zip(rows, excluded, chosen.layer_ptr.reshape(len(rows), -1).tolist(), strict=True):
+        free = [
+            (layer, neuron)
+            for layer in range(first, end)
+            for neuron in range(width)
+            if not flags[layer][neuron] and (minimum < -1e38 or row[layer][neuron] >= torch.tensor(minimum))
+        ]
+        free.sort(key=lambda place: rank(row[place[0]][place[1]]))
+        within = []
+        for place in free:
+            if not cap or sum(layer == place[0] for layer, _ in within) < cap:
+                within.append(place)
+        neurons = [
+            (layer, n) for layer in range(depth) for n in chosen.neurons[pointers[layer] : pointers[layer + 1]].tolist()
+        ]
+        assert neurons == sorted(within[:k])
 
 
 @settings(max_examples=400, deadline=None)
 @given(problems())
 @example((torch.zeros(3, 0), 0, 0, 3, 0, None, -INF))
 @example((torch.zeros(0, 4), 0, 0, 0, 1, None, -INF))
+@example((torch.zeros(2, 3, 0), 0, 0, 3, 0, None, -INF))
 def test_same_as_reference(problem) -> None:
     assert_same(*problem)
 
@@ -127,7 +137,7 @@ def test_large_of_every_shape(shape: str, k: int) -> None:
         "every 61st": lambda: (torch.arange(n) % 61 == 0).float(),  # what the sampling sees is not what there is
     }[shape]().reshape(BIG)
     assert_same(scores, k, 0, 3)
-    assert_same(scores, k, 1, 3, 700, random_scores(*BIG, 1) > 1)
+    assert_same(scores, k, 1, 3, 700, random_scores(*BIG, seed=1) > 1)
 
 
 def test_guess_that_is_too_high_is_made_good() -> None:
@@ -146,7 +156,7 @@ def test_same_bytes_every_time() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_and_strides(dtype: torch.dtype) -> None:
     scores = random_scores(300, 6).to(dtype).T  # neither fp32 nor contiguous
-    exclude = (random_scores(300, 6, 1) > 0).T
+    exclude = (random_scores(300, 6, seed=1) > 0).T
     assert_same(scores, 500, 1, 6, 150, exclude, 0.1)
     assert_same(scores.float().requires_grad_(), 500, 1, 6, 150, exclude, 0.1)
 
@@ -166,7 +176,7 @@ def test_denormals_where_they_are_flushed_to_zero() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((torch.zeros(4), 1, 0, 1), r"scores\n  expected: \[layers, neurons\]"),
+        ((torch.zeros(4), 1, 0, 1), r"scores\n  expected: \[layers, neurons\] or \[rows"),
         ((torch.zeros(2, 3, dtype=torch.float64), 1, 0, 1), "fp32, bf16 or fp16"),
         ((torch.zeros(2, 3), -1, 0, 2), "0 to 6, the number of neurons"),
         ((torch.zeros(2, 3), 7, 0, 2), "0 to 6, the number of neurons"),
@@ -184,7 +194,7 @@ def test_bad_arguments(choose, arguments: tuple, message: str) -> None:
 
 
 def test_native_refuses_another_device() -> None:
-    with pytest.raises(InputError, match=r"expected: a CPU tensor\n  got: meta"):
+    with pytest.raises(InputError, match=r"expected: a tensor on a CPU or a CUDA device\n  got: meta"):
         native(torch.zeros(2, 3, device="meta"), 1, 0, 2)
 
 
