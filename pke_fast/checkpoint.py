@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from pke_fast.errors import InputError
-from pke_fast.files import atomic_folder, check_output_folder
+from pke_fast.files import atomic_folder, check_output_folder, visible_files
+from pke_fast.journal import reading
 from pke_fast.patch import Patch
-from pke_fast.shards import read_checkpoint
+from pke_fast.shards import other_weights, read_checkpoint
 from pke_fast.stored import find_targets, read_all, verify, write_neurons
 
-_WEIGHTS = {".safetensors", ".bin", ".pth", ".pt", ".gguf"}
-_LINK_FROM = (
-    16 * 2**20
-)  # bytes; smaller files are what people edit by hand, and a link would change the source with them
+# In bytes. Smaller files are what people edit by hand, and a link would change the source with them.
+_LINK_FROM = 16 * 2**20
 
 
 def patch_checkpoint(
@@ -29,7 +27,7 @@ def patch_checkpoint(
     Every old value is compared before anything is written; every new one is read back. Memory: the patch's size and a
     few MB. Shards that don't change, and other files of 16 MiB or more, are hard-linked where the disk allows it, and
     share their bytes with the source: replace them rather than write into them. Hidden files are left out. The source
-    is never changed.
+    is never changed, but that an interrupted change of it is ended first (journal.py).
 
     Args:
         source: a folder with model.safetensors, or with shards and model.safetensors.index.json.
@@ -37,8 +35,9 @@ def patch_checkpoint(
 
     Returns:
         ``out``, ``reverted``, ``neurons``, ``rewritten`` ({shard: [tensor names]}), the names of the ``linked`` and
-        ``copied`` files, and ``other_weights``: those among them that may hold weights besides the checkpoint's own
-        (a second format, an adapter), which the patch left as they are.
+        ``copied`` files, ``other_weights``: those among them that may hold weights besides the checkpoint's own (a
+        second format, an adapter), which the patch left as they are, and ``recovered``: see `Recovery.outcome`; None
+        where the source had no interrupted change.
 
     Raises:
         InputError: `source` or `out` can't be used.
@@ -46,6 +45,12 @@ def patch_checkpoint(
         PKEError: the disk is full, or another error of the system. In every case nothing is left behind.
     """
     source, out = Path(os.path.realpath(source)), Path(os.path.realpath(out))
+    with reading(source) as recovered:
+        done = _patched_copy(source, patch, out, revert, force)
+    return {**done, "recovered": recovered.outcome if recovered else None}
+
+
+def _patched_copy(source: Path, patch: Patch, out: Path, revert: bool, force: bool) -> dict[str, Any]:
     tensors = read_checkpoint(source)
     _check_apart(source, out)
     check_output_folder(out, force)
@@ -71,7 +76,7 @@ def patch_checkpoint(
         "rewritten": rewritten,
         "linked": linked,
         "copied": copied,
-        "other_weights": [name for name in linked + copied if Path(name).suffix in _WEIGHTS and name not in shards],
+        "other_weights": other_weights(linked + copied, shards),
     }
 
 
@@ -88,7 +93,7 @@ def _check_apart(source: Path, out: Path) -> None:
 def _share(source: Path, folder: Path, without: set[str]) -> tuple[list[str], list[str]]:
     """Links or copies every file but those of `without`. Returns the names of the linked and of the copied ones."""
     linked, copied = [], []
-    for path in _files(source):
+    for path in visible_files(source):
         name = path.relative_to(source)
         if str(name) in without:
             continue
@@ -101,16 +106,6 @@ def _share(source: Path, folder: Path, without: set[str]) -> tuple[list[str], li
             shutil.copyfile(real, folder / name)
             copied.append(str(name))
     return linked, copied
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):  # caches and repositories, not parts of the checkpoint
-            continue
-        if path.is_dir():
-            yield from _files(path)
-        elif path.is_file():
-            yield path
 
 
 def _link(source: Path, target: Path) -> bool:

@@ -202,10 +202,14 @@ class Patch:
         Raises:
             PKEError: the file can't be written.
         """
+        patch_file.write(path, self.content())
+
+    def content(self) -> patch_file.Content:
+        """What its file holds."""
         layers = [{"layer": part.layer, "weight": part.weight, "axis": part.axis} for part in self.layers]
         # The int64 tensors come first: every tensor is then aligned to its dtype in the file.
         tensors = {f"layers.{part.layer}.{name}": getattr(part, name) for name in _PARTS for part in self.layers}
-        patch_file.write(path, patch_file.Content(layers, tensors, self.meta))
+        return patch_file.Content(layers, tensors, self.meta)
 
     @classmethod
     def load(cls, path: str | Path) -> Patch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,12 @@ def write(path: str | Path, content: Content) -> None:
     Raises:
         PKEError: the file can't be written.
     """
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        file.writelines(pieces(content))
+
+
+def pieces(content: Content) -> Iterator[bytes]:
+    """The bytes of the file, a tensor at a time."""
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -49,11 +55,9 @@ def write(path: str | Path, content: Content) -> None:
         "layers": json.dumps(content.layers),
         "sha256": json.dumps({name: _digest(tensor) for name, tensor in content.tensors.items()}),
     }
-    header = _header(content.tensors, {**metadata, "checksum": _checksum(metadata)})
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        file.write(header)
-        for tensor in content.tensors.values():
-            file.write(_bytes(tensor))
+    yield _header(content.tensors, {**metadata, "checksum": _checksum(metadata)})
+    for tensor in content.tensors.values():
+        yield _bytes(tensor)
 
 
 def read(path: str | Path) -> Content:
