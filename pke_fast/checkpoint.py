@@ -13,7 +13,7 @@ from pke_fast.files import atomic_folder, check_output_folder, visible_files
 from pke_fast.journal import reading
 from pke_fast.patch import Patch
 from pke_fast.shards import other_weights, read_checkpoint
-from pke_fast.stored import find_targets, read_all, verify, write_neurons
+from pke_fast.stored import copy_shard, find_targets, read_all, verify
 
 # In bytes. Smaller files are what people edit by hand, and a link would change the source with them.
 _LINK_FROM = 16 * 2**20
@@ -62,13 +62,13 @@ def _patched_copy(source: Path, patch: Patch, out: Path, revert: bool, force: bo
         rewritten.setdefault(target.tensor.shard, []).append(target.tensor.name)
     with atomic_folder(out, force) as folder:
         linked, copied = _share(source, folder, set(rewritten))
+        after = [(target, target.part.old if revert else target.part.new) for target in targets]
         for shard in rewritten:
-            shutil.copyfile(source / shard, folder / shard)
-        for target in targets:
-            with FileIO(folder / target.tensor.shard, "r+") as file:
-                new = target.part.old if revert else target.part.new
-                write_neurons(file, target, new)
-                verify(file, target, new)
+            mine = [(target, new) for target, new in after if target.tensor.shard == shard]
+            copy_shard(source / shard, folder / shard, mine)
+            with FileIO(folder / shard) as file:
+                for target, new in mine:
+                    verify(file, target, new)
     return {
         "out": str(out),
         "reverted": revert,

@@ -1,4 +1,4 @@
-"""The neurons of a patch in a checkpoint on disk: found by name, then read and written in bands of a few MB."""
+"""The neurons of a patch in a checkpoint on disk: found by name, then read and written in bands of half a MB."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from pke_fast.errors import PatchError, PKEError
 from pke_fast.patch import LayerPatch, Patch, check_weight, differing
 from pke_fast.shards import StoredTensor
 
-BAND = 4 * 2**20  # bytes of a weight in memory at once
+# Bytes read or written at once. At 1 MiB and more, writing was up to six times slower (Linux 6.18, ext4: huge pages).
+BAND = 512 * 2**10
 DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 BITS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<u4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<u2")}
 
@@ -90,24 +91,37 @@ def read_neurons(file: FileIO, target: Target) -> Tensor:
     return torch.from_numpy(values.view(np.int32 if bits.itemsize == 4 else np.int16)).view(part.old.dtype)
 
 
-def write_neurons(file: FileIO, target: Target, new: Tensor) -> None:
+def write_neurons(file: FileIO, target: Target, new: Tensor, source: FileIO | None = None) -> None:
     """Writes ``[n, d]`` in the patch's dtype over the neurons' weights, in a shard that is open to read and write.
 
     Rows are written by themselves. Columns are two or four bytes apart in every row, so that whole rows are written,
-    with the other neurons' bytes as they are.
+    with the other neurons' bytes as they are, or as they are in `source`: then the whole tensor is written.
     """
     part, tensor = target.part, target.tensor
     ids, bits = part.neurons.numpy(), BITS[tensor.dtype]
     values = new.view(torch.int32 if bits.itemsize == 4 else torch.int16).numpy().view(bits)
     row_bytes = tensor.shape[1] * bits.itemsize
     if part.axis == 0:
+        if source is not None:
+            _copy_range(source, file, tensor.offset, tensor.offset + tensor.size)
         for row, first, end in _runs(ids, tensor, bits):
             write_at(file, tensor.offset + first * row_bytes, values[row : row + end - first])
         return
     for first, end in row_bands(tensor.shape[0], tensor.shape[1] * bits.itemsize):
-        band = _read_rows(file, tensor, bits, first, end)
+        band = _read_rows(source or file, tensor, bits, first, end)
         band[:, ids] = values[:, first:end].T
         write_at(file, tensor.offset + first * row_bytes, band)
+
+
+def copy_shard(shard: Path, copy: Path, targets: Sequence[tuple[Target, Tensor]]) -> None:
+    """Copies a shard with other weights for the targets' neurons, ``[n, d]`` each. Every byte is written about once."""
+    with FileIO(shard) as source, FileIO(copy, "w+") as file:
+        position = 0
+        for target, new in sorted(targets, key=lambda pair: pair[0].tensor.offset):
+            _copy_range(source, file, position, target.tensor.offset)
+            write_neurons(file, target, new, source)
+            position = target.tensor.offset + target.tensor.size
+        _copy_range(source, file, position, shard.stat().st_size)
 
 
 def verify(file: FileIO, target: Target, new: Tensor) -> None:
@@ -148,6 +162,11 @@ def write_at(file: FileIO, offset: int, values: np.ndarray[Any, Any]) -> None:
     while rest:
         count = os.pwrite(file.fileno(), rest, offset)
         rest, offset = rest[count:], offset + count
+
+
+def _copy_range(source: FileIO, file: FileIO, first: int, end: int) -> None:
+    for start in range(first, end, BAND):
+        write_at(file, start, read_at(source, start, np.empty(min(BAND, end - start), np.uint8)))
 
 
 def _read_rows(file: FileIO, tensor: StoredTensor, bits: np.dtype[Any], first: int, end: int) -> np.ndarray[Any, Any]:
