@@ -72,7 +72,7 @@ class Patch:
     Attributes:
         layers: the changed layers, ascending, at least one; all in one dtype.
         meta: what is known about the edit, JSON values only. `describe` and the error messages know the keys ``base``
-            (``{"name", "fingerprint", ...}``), ``settings``, ``losses``, ``versions`` and ``created``.
+            (``{"name", "fingerprint", ...}``), ``settings``, ``losses``, ``versions``, ``created`` and ``made_from``.
 
     Raises:
         PatchError: the layers don't agree with the above.
@@ -120,7 +120,7 @@ class Patch:
                 }
                 for part in self.layers
             ],
-            **{key: self.meta.get(key) for key in ("base", "settings", "losses", "versions", "created")},
+            **{key: self.meta.get(key) for key in ("base", "settings", "losses", "versions", "created", "made_from")},
         }
 
     def apply(self, model: nn.Module) -> None:

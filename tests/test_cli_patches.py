@@ -85,3 +85,24 @@ def test_what_was_interrupted_is_told(files: Path, capsys: Any) -> None:
     (model / UNFINISHED).write_bytes(b"x")
     assert done(capsys, "apply", "--model", model, "--patch", patch, "--in-place")["recovered"] == "discarded"
     bad(capsys, "no checkpoint folder", "recover", files / "none")
+
+
+def test_diff(files: Path, capsys: Any) -> None:
+    model, made = files / "model", files / "made.safetensors"
+    done(capsys, "apply", "--model", model, "--patch", files / "a.safetensors", "--out", files / "after")
+    summary = done(capsys, "diff", model, files / "after")
+    assert summary["neurons"] == 2
+    assert summary["by_layer"] == {"0": 2}
+    assert summary["out"] is None
+    assert done(capsys, "diff", model, files / "after", "--out", made)["out"] == str(made)
+    done(capsys, "revert", "--model", files / "after", "--patch", made, "--out", files / "back")
+    assert (files / "back" / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+    assert done(capsys, "show", made)["made_from"]["how"] == "diff"
+    bad(capsys, "is there already", "diff", model, files / "after", "--out", made)
+    assert run(capsys, "diff", model, files / "after", "--out", made, "--force")[0] == 0
+    bad(capsys, "there is no patch to write", "diff", model, model, "--out", files / "none")
+    changed = {**load_file(model / "model.safetensors"), NAME.format(0): torch.zeros(4, 6)}
+    changed["extra"] = torch.ones(2)
+    save_file(changed, files / "after" / "model.safetensors")
+    bad(capsys, "other tensors", "diff", model, files / "after", "--out", files / "none")
+    assert not (files / "none").exists()

@@ -43,6 +43,11 @@ def _output(parser: Any, what: str) -> None:
     parser.add_argument("--force", action="store_true", help="replace DIR if it exists and isn't empty")
 
 
+def _patch_output(parser: Any, required: bool = True) -> None:
+    parser.add_argument("--out", required=required, metavar="P", help="gets the patch (patch.safetensors)")
+    parser.add_argument("--force", action="store_true", help="replace P if it exists")
+
+
 def _json(parser: Any) -> None:
     parser.add_argument(
         "--json", action="store_true", help="the summary as JSON on standard output, all else on standard error"
@@ -166,6 +171,15 @@ def _patch_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     recover = add("recover", "end a change in place that was interrupted (apply, revert and diff do so by themselves)")
     recover.add_argument("model", metavar="DIR", help="the checkpoint folder")
     _json(recover)
+
+    diff = add("diff", "what differs between two checkpoints, to the bit, and the patch from one to the other")
+    diff.add_argument("a", metavar="A", help="the checkpoint folder before")
+    diff.add_argument("b", metavar="B", help="the one after, of the same model")
+    _patch_output(diff, required=False)
+    diff.add_argument(
+        "--ignore-others", action="store_true", help="write the patch although it can't hold all that differs"
+    )
+    _json(diff)
 
     show = add("show", "what is in a patch")
     show.add_argument("patch", metavar="P", help="patch.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.console import Console
 from pke_fast import terminal
 from pke_fast.cli.common import console_of, finish
 from pke_fast.errors import InputError
+from pke_fast.files import check_output_file
 from pke_fast.patch import Patch
 
 
@@ -63,3 +65,35 @@ def show(options: Namespace) -> None:
     description = Patch.load(options.patch).describe()
     terminal.patch(console_of(options), description)
     finish(options, description)
+
+
+def diff(options: Namespace) -> None:
+    from pke_fast.diff import diff_checkpoints
+
+    if options.out:
+        check_output_file(options.out, options.force)
+    ended = [_recovered(folder) for folder in (options.a, options.b)]
+    found = diff_checkpoints(options.a, options.b, want_patch=bool(options.out), ignore_others=options.ignore_others)
+    if options.out:
+        if found.patch is None:
+            raise InputError(
+                f"{options.a} and {options.b} have the same neurons, to the bit: there is no patch to write",
+                do="compare the checkpoint before the change with the one after it",
+            )
+        found.patch.save(options.out)
+    summary = {
+        "tensors": found.tensors,
+        "neurons": sum(found.neurons.values()),
+        "by_layer": {str(layer): count for layer, count in found.neurons.items()},
+        "others": [asdict(other) for other in found.others],
+        "out": options.out,
+        "recovered": [before or now for before, now in zip(ended, found.recovered, strict=True)],
+    }
+    console = console_of(options)
+    shown = {key: summary[key] for key in ("tensors", "neurons", "by_layer")}
+    terminal.facts(console, "Compared", {**shown, "others": len(found.others), "out": options.out or "nothing written"})
+    if found.others:
+        terminal.facts(console, "Differs, and is in no patch: patches hold columns of down projections", {
+            other.tensor: f"{other.kind}, {other.rows:,} of {other.of:,} rows" for other in found.others
+        })  # fmt: skip
+    finish(options, summary)
