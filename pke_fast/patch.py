@@ -292,8 +292,13 @@ def _write(weight: Tensor, part: LayerPatch, values: Tensor) -> None:
 
 def differing(found: Tensor, expected: Tensor) -> int:
     """Number of rows that differ in a bit. Compared as integers: NaN equals itself, and -0 is not 0."""
-    bits = _BITS[expected.dtype]
-    return int((found.view(bits) != expected.view(bits)).any(dim=1).sum())
+    return int((~equal_rows(found, expected)).sum())
+
+
+def equal_rows(a: Tensor, b: Tensor) -> Tensor:
+    """Which rows of two ``[n, d]`` of one dtype are equal bit for bit: bool ``[n]``."""
+    bits = _BITS[a.dtype]
+    return (a.view(bits) == b.view(bits)).all(dim=1)
 
 
 def _relative_change(part: LayerPatch) -> float | None:

@@ -106,3 +106,26 @@ def test_diff(files: Path, capsys: Any) -> None:
     save_file(changed, files / "after" / "model.safetensors")
     bad(capsys, "other tensors", "diff", model, files / "after", "--out", files / "none")
     assert not (files / "none").exists()
+
+
+def test_merge_and_scale(files: Path, capsys: Any) -> None:
+    model, a, b, both = files / "model", files / "a.safetensors", files / "b.safetensors", files / "both.safetensors"
+    summary = done(capsys, "merge", a, b, "--out", both)
+    assert summary["neurons"] == 4
+    assert [part["relation"] for part in summary["patches"]] == ["first", "disjoint"]
+    done(capsys, "apply", "--model", model, "--patch", both, "--out", files / "after", "--scale", 0.5)
+    assert weight(files / "after", 0)[:, 5].tolist() == [9, 15, 21, 27]
+    assert weight(files / "after", 1)[:, 1].tolist() == [6, 12, 18, 24]
+    bad(capsys, "is there already", "scale", both, "--by", 0.5, "--out", a)
+    assert done(capsys, "scale", both, "--by", 0.5, "--out", files / "half")["neurons"] == 4
+    back = ["revert", "--model", files / "after", "--patch"]
+    done(capsys, *back, files / "half", "--out", files / "back")
+    assert (files / "back" / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+    assert done(capsys, *back, both, "--scale", 0.5, "--in-place")["scale"] == 0.5
+    assert weight(files / "after", 0).equal(weight(model, 0))
+    assert done(capsys, "show", files / "half")["made_from"]["by"] == 0.5
+    bad(capsys, "a finite number", "scale", both, "--by", "nan", "--out", files / "none")
+    done(capsys, "scale", a, "--by", 2, "--out", files / "twice")
+    bad(capsys, "change the same neurons to other weights", "merge", a, files / "twice", "--out", files / "none")
+    bad(capsys, "two patches or more", "merge", a, "--out", files / "none")
+    assert not (files / "none").exists()

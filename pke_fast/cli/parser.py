@@ -44,8 +44,8 @@ def _output(parser: Any, what: str) -> None:
 
 
 def _patch_output(parser: Any, required: bool = True) -> None:
-    parser.add_argument("--out", required=required, metavar="P", help="gets the patch (patch.safetensors)")
-    parser.add_argument("--force", action="store_true", help="replace P if it exists")
+    parser.add_argument("--out", required=required, metavar="FILE", help="gets the patch (a .safetensors)")
+    parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
 
 
 def _json(parser: Any) -> None:
@@ -165,6 +165,9 @@ def _patch_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
             action="store_true",
             help="change the neurons' bytes in DIR itself; a kill leaves the old weights or the new ones",
         )
+        sub.add_argument(
+            "--scale", type=float, metavar="S", help="the patch scaled: new = old + S (new - old), as pke-fast scale"
+        )
         sub.add_argument("--force", action="store_true", help="replace the --out DIR if it exists and isn't empty")
         _json(sub)
 
@@ -180,6 +183,17 @@ def _patch_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--ignore-others", action="store_true", help="write the patch although it can't hold all that differs"
     )
     _json(diff)
+
+    merge = add("merge", "make one patch of several: of one checkpoint, or one on top of the other")
+    merge.add_argument("patches", nargs="+", metavar="P", help="patches, in the order in which they were made")
+    _patch_output(merge)
+    _json(merge)
+
+    scale = add("scale", "make a patch that goes part of the way: new = old + S (new - old)")
+    scale.add_argument("patch", metavar="P", help="patch.safetensors")
+    scale.add_argument("--by", type=float, required=True, metavar="S", help="such as 0.5; 1 gives the same weights")
+    _patch_output(scale)
+    _json(scale)
 
     show = add("show", "what is in a patch")
     show.add_argument("patch", metavar="P", help="patch.safetensors")

@@ -25,16 +25,20 @@ def revert(options: Namespace) -> None:
 
 def _rewrite(options: Namespace, revert: bool) -> None:
     from pke_fast.checkpoint import patch_checkpoint
+    from pke_fast.combine import scale as scale_patch
     from pke_fast.inplace import patch_in_place
 
     if options.in_place and options.force:
         raise InputError("--force has no meaning with --in-place", do="leave it out: no folder is replaced")
-    patch = Patch.load(options.patch)
+    patch, name = Patch.load(options.patch), str(options.patch)
+    if options.scale is not None:
+        patch, name = scale_patch(patch, options.scale, name), f"{name} scaled by {options.scale:g}"
     recovered = _recovered(options.model)
     if options.in_place:
-        written = patch_in_place(Path(options.model), patch, revert=revert, name=str(options.patch))
+        written = patch_in_place(Path(options.model), patch, revert=revert, name=name)
     else:
         written = patch_checkpoint(Path(options.model), patch, Path(options.out), revert=revert, force=options.force)
+    written["scale"] = options.scale
     written["recovered"] = written["recovered"] or recovered
     shown = {key: value for key, value in written.items() if value is not None}
     terminal.facts(console_of(options), "Reverted" if revert else "Applied", shown)
@@ -96,4 +100,38 @@ def diff(options: Namespace) -> None:
         terminal.facts(console, "Differs, and is in no patch: patches hold columns of down projections", {
             other.tensor: f"{other.kind}, {other.rows:,} of {other.of:,} rows" for other in found.others
         })  # fmt: skip
+    finish(options, summary)
+
+
+def merge(options: Namespace) -> None:
+    from pke_fast.combine import merge as merge_patches
+
+    check_output_file(options.out, options.force)
+    names = [str(path) for path in options.patches]
+    merged = merge_patches([Patch.load(name) for name in names], names)
+    merged.save(options.out)
+    parts = merged.meta["made_from"]["patches"]
+    summary = {
+        "out": options.out,
+        "neurons": merged.n_neurons,
+        "patches": [{key: part[key] for key in ("name", "relation", "neurons")} for part in parts],
+    }
+    console = console_of(options)
+    bases = [part["meta"].get("base") for part in parts if part["relation"] != "on top"]
+    prints = {str(base.get("fingerprint")) for base in bases if isinstance(base, dict)}
+    if len(prints) > 1:
+        terminal.warnings(console, ["these patches were made from models with other fingerprints; apply will compare"])
+    shown = {part["name"]: f"{part['relation']}, {part['neurons']:,} neurons" for part in parts}
+    terminal.facts(console, "Merged", {**shown, "neurons": merged.n_neurons, "out": options.out})
+    finish(options, summary)
+
+
+def scale(options: Namespace) -> None:
+    from pke_fast.combine import scale as scale_patch
+
+    check_output_file(options.out, options.force)
+    scaled = scale_patch(Patch.load(options.patch), options.by, str(options.patch))
+    scaled.save(options.out)
+    summary = {"out": options.out, "by": options.by, "neurons": scaled.n_neurons}
+    terminal.facts(console_of(options), "Scaled", summary)
     finish(options, summary)
