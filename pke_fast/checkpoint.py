@@ -12,15 +12,22 @@ from pke_fast.errors import InputError
 from pke_fast.files import atomic_folder, check_output_folder, visible_files
 from pke_fast.journal import reading
 from pke_fast.patch import Patch
+from pke_fast.pickled import convert, is_pickled
 from pke_fast.shards import other_weights, read_checkpoint
-from pke_fast.stored import copy_shard, find_targets, read_all, verify
+from pke_fast.stored import copy_shard, find_targets, read_all, verify, write_neurons
 
 # In bytes. Smaller files are what people edit by hand, and a link would change the source with them.
 _LINK_FROM = 16 * 2**20
 
 
 def patch_checkpoint(
-    source: str | Path, patch: Patch, out: str | Path, *, revert: bool = False, force: bool = False
+    source: str | Path,
+    patch: Patch,
+    out: str | Path,
+    *,
+    revert: bool = False,
+    force: bool = False,
+    allow_pickle: bool = False,
 ) -> dict[str, Any]:
     """Writes a copy of a checkpoint folder with the patch applied, or taken back with `revert`; exact to the bit.
 
@@ -32,12 +39,13 @@ def patch_checkpoint(
     Args:
         source: a folder with model.safetensors, or with shards and model.safetensors.index.json.
         out: a new or an empty folder; with `force` any other than the source is replaced as a whole.
+        allow_pickle: convert a pytorch_model.bin, where there are no safetensors (pickled.py).
 
     Returns:
         ``out``, ``reverted``, ``neurons``, ``rewritten`` ({shard: [tensor names]}), the names of the ``linked`` and
         ``copied`` files, ``other_weights``: those among them that may hold weights besides the checkpoint's own (a
-        second format, an adapter), which the patch left as they are, and ``recovered``: see `Recovery.outcome`; None
-        where the source had no interrupted change.
+        second format, an adapter), which the patch left as they are, ``recovered``: see `Recovery.outcome`; None where
+        the source had no interrupted change; and of pickled weights, the names of the ``converted`` files.
 
     Raises:
         InputError: `source` or `out` can't be used.
@@ -46,8 +54,15 @@ def patch_checkpoint(
     """
     source, out = Path(os.path.realpath(source)), Path(os.path.realpath(out))
     with reading(source) as recovered:
-        done = _patched_copy(source, patch, out, revert, force)
-    return {**done, "recovered": recovered.outcome if recovered else None}
+        make = _converted_copy if allow_pickle and is_pickled(source) else _patched_copy
+        done = make(source, patch, out, revert, force)
+    return {
+        "out": str(out),
+        "reverted": revert,
+        "neurons": patch.n_neurons,
+        **done,
+        "recovered": recovered.outcome if recovered else None,
+    }
 
 
 def _patched_copy(source: Path, patch: Patch, out: Path, revert: bool, force: bool) -> dict[str, Any]:
@@ -69,14 +84,34 @@ def _patched_copy(source: Path, patch: Patch, out: Path, revert: bool, force: bo
             with FileIO(folder / shard) as file:
                 for target, new in mine:
                     verify(file, target, new)
+    others = other_weights(linked + copied, shards)
+    return {"rewritten": rewritten, "linked": linked, "copied": copied, "other_weights": others}
+
+
+def _converted_copy(source: Path, patch: Patch, out: Path, revert: bool, force: bool) -> dict[str, Any]:
+    """As `_patched_copy`, of pickled weights: nothing is shared with the source, and every shard is new."""
+    _check_apart(source, out)
+    check_output_folder(out, force)
+    with atomic_folder(out, force) as folder:
+        converted = convert(source, folder)
+        linked, copied = _share(source, folder, set(converted))
+        tensors = read_checkpoint(folder)
+        targets = find_targets(tensors, patch, source)
+        patch.check(read_all(folder, targets), revert, f"the checkpoint {source}")
+        rewritten: dict[str, list[str]] = {tensor.shard: [] for tensor in tensors.values()}
+        for target in targets:
+            rewritten[target.tensor.shard].append(target.tensor.name)
+            new = target.part.old if revert else target.part.new
+            with FileIO(folder / target.tensor.shard, "r+") as file:
+                write_neurons(file, target, new)
+                verify(file, target, new)
+    others = other_weights(linked + copied, set())
     return {
-        "out": str(out),
-        "reverted": revert,
-        "neurons": patch.n_neurons,
         "rewritten": rewritten,
         "linked": linked,
         "copied": copied,
-        "other_weights": other_weights(linked + copied, shards),
+        "converted": converted,
+        "other_weights": others,
     }
 
 

@@ -17,7 +17,20 @@ from pke_fast.files import atomic_write
 
 FORMAT = "pke_fast.patch"
 VERSION = 1
-_CODES = {torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+CODES = {
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
 _AGAIN = "copy it again from where it was made"
 
 
@@ -55,7 +68,7 @@ def pieces(content: Content) -> Iterator[bytes]:
         "layers": json.dumps(content.layers),
         "sha256": json.dumps({name: _digest(tensor) for name, tensor in content.tensors.items()}),
     }
-    yield _header(content.tensors, {**metadata, "checksum": _checksum(metadata)})
+    yield header(content.tensors, {**metadata, "checksum": _checksum(metadata)})
     for tensor in content.tensors.values():
         yield _bytes(tensor)
 
@@ -127,13 +140,13 @@ def _checked_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, str]
     return rest
 
 
-def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+def header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """The start of a safetensors file. Written here because safetensors leaves the order of the metadata to chance."""
     entries: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
-        entries[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        entries[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -145,7 +145,8 @@ def _no_safetensors(folder: Path) -> InputError:
         f"the checkpoint {folder} has no {_SINGLE} and no {_INDEX}",
         expected="weights as transformers' save_pretrained writes them, in safetensors",
         got=", ".join(others[:4]) or "no weights",
-        do="load it with transformers and save it again with save_pretrained(folder, safe_serialization=True)"
+        do="save it as safetensors (transformers' save_pretrained); of a pytorch_model.bin that you trust, pke-fast "
+        "apply --out DIR --allow-pickle makes a copy in safetensors"
         if others
         else "check the path",
     )

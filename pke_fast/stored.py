@@ -160,7 +160,7 @@ def write_at(file: FileIO, offset: int, values: np.ndarray[Any, Any]) -> None:
     """Writes all of `values` at the offset."""
     rest = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
     while rest:
-        count = os.pwrite(file.fileno(), rest, offset)
+        count = os.pwrite(file.fileno(), rest[:BAND], offset)
         rest, offset = rest[count:], offset + count
 
 

@@ -166,6 +166,11 @@ def _patch_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
             help="change the neurons' bytes in DIR itself; a kill leaves the old weights or the new ones",
         )
         sub.add_argument(
+            "--allow-pickle",
+            action="store_true",
+            help="convert a pytorch_model.bin to safetensors in the --out DIR, reading it with weights_only",
+        )
+        sub.add_argument(
             "--scale", type=float, metavar="S", help="the patch scaled: new = old + S (new - old), as pke-fast scale"
         )
         sub.add_argument("--force", action="store_true", help="replace the --out DIR if it exists and isn't empty")

@@ -28,8 +28,9 @@ def _rewrite(options: Namespace, revert: bool) -> None:
     from pke_fast.combine import scale as scale_patch
     from pke_fast.inplace import patch_in_place
 
-    if options.in_place and options.force:
-        raise InputError("--force has no meaning with --in-place", do="leave it out: no folder is replaced")
+    if options.in_place and (options.force or options.allow_pickle):
+        given = "--force" if options.force else "--allow-pickle"
+        raise InputError(f"{given} has no meaning with --in-place", do="leave it out, or give --out DIR")
     patch, name = Patch.load(options.patch), str(options.patch)
     if options.scale is not None:
         patch, name = scale_patch(patch, options.scale, name), f"{name} scaled by {options.scale:g}"
@@ -37,7 +38,8 @@ def _rewrite(options: Namespace, revert: bool) -> None:
     if options.in_place:
         written = patch_in_place(Path(options.model), patch, revert=revert, name=name)
     else:
-        written = patch_checkpoint(Path(options.model), patch, Path(options.out), revert=revert, force=options.force)
+        where = {"revert": revert, "force": options.force, "allow_pickle": options.allow_pickle}
+        written = patch_checkpoint(Path(options.model), patch, Path(options.out), **where)
     written["scale"] = options.scale
     written["recovered"] = written["recovered"] or recovered
     shown = {key: value for key, value in written.items() if value is not None}
