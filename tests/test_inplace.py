@@ -95,7 +95,7 @@ class Killed(BaseException):
 
 @contextmanager
 def failing(at: int, error: BaseException, dead: bool, of: str = "") -> Iterator[list[str]]:
-    """Raises at call number `at` of those that write, a write after half of its bytes; every later one too if `dead`.
+    """Raises at call number `at` of those that write, a write after about half of its bytes; every later one too if `dead`.
 
     Args:
         of: count the calls of this name alone.
@@ -110,7 +110,8 @@ def failing(at: int, error: BaseException, dead: bool, of: str = "") -> Iterator
             count = calls.count(of) if of else len(calls)
             if (count == at and of in ("", name)) or (dead and count >= at):
                 if count == at and "write" in name:
-                    real(args[0], args[1][: len(args[1]) // 2], *args[2:])
+                    torn = args[1][: len(args[1]) // 2 | 1]  # an odd count tears a value
+                    real(args[0], torn, *args[2:])
                 raise error
             return real(*args)
 
