@@ -95,7 +95,7 @@ class Killed(BaseException):
 
 @contextmanager
 def failing(at: int, error: BaseException, dead: bool, of: str = "") -> Iterator[list[str]]:
-    """Raises at call number `at` of those that write, a write after about half of its bytes; every later one too if `dead`.
+    """Raises at call number `at` of those that write, a write after half of its bytes; at every later one if `dead`.
 
     Args:
         of: count the calls of this name alone.
