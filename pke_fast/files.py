@@ -28,7 +28,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         PKEError: the disk is full, or another error of the system.
     """
     path = Path(os.path.realpath(path))
-    with _explained(path), _parents(path):
+    with explained_write(path), _parents(path):
         if path.is_dir():
             raise InputError(f"can't write {path}", expected="the name of a file", got="a folder")
         temporary = _beside(path)
@@ -53,7 +53,7 @@ def atomic_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
         PKEError: the disk is full, or another error of the system.
     """
     path = Path(os.path.realpath(path))
-    with _explained(path):
+    with explained_write(path):
         check_output_folder(path, force)
         with _parents(path):
             temporary = _beside(path)
@@ -75,18 +75,22 @@ def check_output_folder(path: str | Path, force: bool = False) -> None:
             shouldn't be replaced as a whole (the current folder or one above it, the home folder, a mount point).
     """
     path = Path(os.path.realpath(path))
-    with _explained(path):
+    with explained_write(path):
         if path.exists():
             _check_replaceable(path, force)
-        place = path.parent
-        while not place.exists():
-            place = place.parent
-        if not place.is_dir():
-            raise InputError(f"can't write {path}", expected="a path through folders", got=f"{place} is a file")
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise InputError(
-                f"can't write {path}", got=f"no permission to write in {place}", do="choose a place you may write to"
-            )
+        _check_place(path)
+
+
+def _check_place(path: Path) -> None:
+    place = path.parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"can't write {path}", expected="a path through folders", got=f"{place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(
+            f"can't write {path}", got=f"no permission to write in {place}", do="choose a place you may write to"
+        )
 
 
 def _check_replaceable(path: Path, force: bool) -> None:
@@ -133,6 +137,47 @@ def _put_in_place(new: Path, path: Path) -> None:
         raise
 
 
+def check_output_file(path: str | Path, force: bool = False) -> None:
+    """Checks that a result can be written to the file `path`; changes nothing.
+
+    Raises:
+        InputError: it is there and `force` isn't given, it is a folder, or its place can't be written to.
+    """
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise InputError(f"can't write {path}", expected="the name of a file", got="a folder")
+    if path.exists() and not force:
+        raise InputError(f"{path} is there already", expected="a new file", do="name another one, or give --force")
+    with explained_write(path):
+        _check_place(path)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, if it is there."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes what was renamed, made and removed in a folder last, whatever happens to the machine."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def visible_files(folder: Path) -> Iterator[Path]:
+    """Every file in and below a folder, but for hidden ones: caches and repositories, not parts of a checkpoint."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from visible_files(path)
+        elif path.is_file():
+            yield path
+
+
 def _beside(path: Path) -> Path:
     return path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
 
@@ -156,7 +201,7 @@ def _parents(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained_write(path: Path) -> Iterator[None]:
     """Turns the system's errors while writing `path` into errors that say what to do."""
     try:
         yield

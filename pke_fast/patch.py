@@ -72,7 +72,7 @@ class Patch:
     Attributes:
         layers: the changed layers, ascending, at least one; all in one dtype.
         meta: what is known about the edit, JSON values only. `describe` and the error messages know the keys ``base``
-            (``{"name", "fingerprint", ...}``), ``settings``, ``losses``, ``versions`` and ``created``.
+            (``{"name", "fingerprint", ...}``), ``settings``, ``losses``, ``versions``, ``created`` and ``made_from``.
 
     Raises:
         PatchError: the layers don't agree with the above.
@@ -120,7 +120,7 @@ class Patch:
                 }
                 for part in self.layers
             ],
-            **{key: self.meta.get(key) for key in ("base", "settings", "losses", "versions", "created")},
+            **{key: self.meta.get(key) for key in ("base", "settings", "losses", "versions", "created", "made_from")},
         }
 
     def apply(self, model: nn.Module) -> None:
@@ -202,10 +202,14 @@ class Patch:
         Raises:
             PKEError: the file can't be written.
         """
+        patch_file.write(path, self.content())
+
+    def content(self) -> patch_file.Content:
+        """What its file holds."""
         layers = [{"layer": part.layer, "weight": part.weight, "axis": part.axis} for part in self.layers]
         # The int64 tensors come first: every tensor is then aligned to its dtype in the file.
         tensors = {f"layers.{part.layer}.{name}": getattr(part, name) for name in _PARTS for part in self.layers}
-        patch_file.write(path, patch_file.Content(layers, tensors, self.meta))
+        return patch_file.Content(layers, tensors, self.meta)
 
     @classmethod
     def load(cls, path: str | Path) -> Patch:
@@ -288,8 +292,13 @@ def _write(weight: Tensor, part: LayerPatch, values: Tensor) -> None:
 
 def differing(found: Tensor, expected: Tensor) -> int:
     """Number of rows that differ in a bit. Compared as integers: NaN equals itself, and -0 is not 0."""
-    bits = _BITS[expected.dtype]
-    return int((found.view(bits) != expected.view(bits)).any(dim=1).sum())
+    return int((~equal_rows(found, expected)).sum())
+
+
+def equal_rows(a: Tensor, b: Tensor) -> Tensor:
+    """Which rows of two ``[n, d]`` of one dtype are equal bit for bit: bool ``[n]``."""
+    bits = _BITS[a.dtype]
+    return (a.view(bits) == b.view(bits)).all(dim=1)
 
 
 def _relative_change(part: LayerPatch) -> float | None:

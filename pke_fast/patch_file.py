@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,20 @@ from pke_fast.files import atomic_write
 
 FORMAT = "pke_fast.patch"
 VERSION = 1
-_CODES = {torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+CODES = {
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
 _AGAIN = "copy it again from where it was made"
 
 
@@ -42,6 +55,12 @@ def write(path: str | Path, content: Content) -> None:
     Raises:
         PKEError: the file can't be written.
     """
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        file.writelines(pieces(content))
+
+
+def pieces(content: Content) -> Iterator[bytes]:
+    """The bytes of the file, a tensor at a time."""
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -49,11 +68,9 @@ def write(path: str | Path, content: Content) -> None:
         "layers": json.dumps(content.layers),
         "sha256": json.dumps({name: _digest(tensor) for name, tensor in content.tensors.items()}),
     }
-    header = _header(content.tensors, {**metadata, "checksum": _checksum(metadata)})
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        file.write(header)
-        for tensor in content.tensors.values():
-            file.write(_bytes(tensor))
+    yield header(content.tensors, {**metadata, "checksum": _checksum(metadata)})
+    for tensor in content.tensors.values():
+        yield _bytes(tensor)
 
 
 def read(path: str | Path) -> Content:
@@ -123,13 +140,13 @@ def _checked_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, str]
     return rest
 
 
-def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+def header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """The start of a safetensors file. Written here because safetensors leaves the order of the metadata to chance."""
     entries: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
-        entries[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        entries[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

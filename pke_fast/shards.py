@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from pke_fast.errors import InputError
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+_WEIGHTS = {".safetensors", ".bin", ".pth", ".pt", ".gguf"}
 _SIZES = {"F32": 4, "BF16": 2, "F16": 2}  # bytes of a value, of the dtypes that a patch can have
 
 
@@ -42,13 +44,7 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         InputError: no such folder, no safetensors in it, a damaged index, or a shard that is missing or damaged.
     """
-    if not folder.is_dir():
-        raise InputError(
-            f"no checkpoint folder {folder}",
-            expected=f"a folder with {_SINGLE}, or with {_INDEX} and its shards",
-            got="a file" if folder.exists() else "nothing of that name",
-            do="give the local folder of the checkpoint (for a hub id: where it was downloaded to)",
-        )
+    check_folder(folder)
     try:
         return _read_folder(folder)
     except OSError as error:
@@ -57,6 +53,22 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
             got=f"{error.strerror}: {error.filename}",
             do="check that you may read its files",
         ) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Raises InputError where there is no such folder."""
+    if not folder.is_dir():
+        raise InputError(
+            f"no checkpoint folder {folder}",
+            expected=f"a folder with {_SINGLE}, or with {_INDEX} and its shards",
+            got="a file" if folder.exists() else "nothing of that name",
+            do="give the local folder of the checkpoint (for a hub id: where it was downloaded to)",
+        )
+
+
+def other_weights(names: Iterable[str], shards: set[str]) -> list[str]:
+    """The files among `names` that may hold weights besides the checkpoint's own: a second format, an adapter."""
+    return [name for name in names if Path(name).suffix in _WEIGHTS and name not in shards]
 
 
 def _read_folder(folder: Path) -> dict[str, StoredTensor]:
@@ -128,14 +140,13 @@ def _damaged(path: Path, got: str) -> InputError:
 
 
 def _no_safetensors(folder: Path) -> InputError:
-    others = sorted(
-        path.name for path in folder.iterdir() if path.suffix in {".bin", ".pth", ".pt", ".gguf", ".safetensors"}
-    )
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in _WEIGHTS)
     return InputError(
         f"the checkpoint {folder} has no {_SINGLE} and no {_INDEX}",
         expected="weights as transformers' save_pretrained writes them, in safetensors",
         got=", ".join(others[:4]) or "no weights",
-        do="load it with transformers and save it again with save_pretrained(folder, safe_serialization=True)"
+        do="save it as safetensors (transformers' save_pretrained); of a pytorch_model.bin that you trust, pke-fast "
+        "apply --out DIR --allow-pickle makes a copy in safetensors"
         if others
         else "check the path",
     )

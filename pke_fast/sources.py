@@ -127,6 +127,15 @@ def check_files(folder: Path) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
+    from pke_fast.journal import JOURNAL
+
+    if (folder / JOURNAL).exists():
+        raise InputError(
+            f"the checkpoint {folder} is in the middle of a change in place",
+            expected="old weights or new ones, not some of both",
+            got=f"a journal, {JOURNAL}: a change was interrupted, or is going on",
+            do=f"wait until it has ended, or run pke-fast recover {folder}",
+        )
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         content = _read_json(index)

@@ -107,11 +107,10 @@ def find_structure(model: Any) -> Structure:
     Raises:
         InputError: the structure isn't one of those known (it says what was looked for), or the probe disagrees.
     """
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    config = _text_config(model)
     hidden_size, depth = config.hidden_size, config.num_hidden_layers
     base, layers = _find_layers(model, depth)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    mlps: list[MLP] = [_find_mlp(layer, hidden_size, names, index) for index, layer in enumerate(layers)]
+    mlps = list(find_mlps(model))
     widths = {(_linear_shape(mlp.down) or (0, 0))[1] for mlp in mlps}
     if len(widths) != 1:
         raise InputError(
@@ -140,6 +139,22 @@ def find_structure(model: Any) -> Structure:
     return Structure(
         model, base, layers, probe.mlps, probe.tail, head, scale, soft_cap, hidden_size, widths.pop(), probe.tuples
     )
+
+
+def find_mlps(model: Any) -> tuple[MLP, ...]:
+    """The MLP of every layer by its shapes alone, not probed: also of a model on the meta device.
+
+    Raises:
+        InputError: the layers or their MLPs aren't found; it says what was looked for.
+    """
+    config = _text_config(model)
+    _, layers = _find_layers(model, config.num_hidden_layers)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return tuple(_find_mlp(layer, config.hidden_size, names, index) for index, layer in enumerate(layers))
+
+
+def _text_config(model: Any) -> Any:
+    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
 
 
 def _find_layers(model: nn.Module, depth: int) -> tuple[nn.Module, nn.ModuleList]:

@@ -179,6 +179,7 @@ def patch(console: Console, description: Mapping[str, Any]) -> None:
     base, found = description.get("base") or {}, description.get("losses") or {}
     known = {key: description.get(key) for key in ("method", "neurons", "dtype", "created")}
     known |= {"base": base.get("name"), "fingerprint": base.get("fingerprint")}
+    known["made by"] = (description.get("made_from") or {}).get("how")
     facts(console, "Patch", {key: value for key, value in known.items() if value is not None})
     _heading(console, "By layer")
     table = _table(("layer", "right"), ("weight", "left"), ("neurons", "right"), ("change", "right"))

@@ -241,7 +241,7 @@ def test_layer_that_contradicts_itself_is_refused(
     part = LayerPatch(**good)  # the same in a file whose checksums are right
     for name, value in change.items():
         object.__setattr__(part, name, value)
-    if not any(isinstance(value, Tensor) and value.dtype not in patch_file._CODES for value in change.values()):
+    if not any(isinstance(value, Tensor) and value.dtype not in patch_file.CODES for value in change.values()):
         Patch((part,), {}).save(tmp_path / "p")
         with pytest.raises(PatchError, match=message):
             Patch.load(tmp_path / "p")

@@ -176,24 +176,6 @@ def _read_text(path: str) -> str:
         raise InputError(f"the text {path} is not UTF-8", got=str(error), do="convert it to UTF-8") from error
 
 
-def apply(options: Namespace) -> None:
-    _rewrite(options, revert=False)
-
-
-def revert(options: Namespace) -> None:
-    _rewrite(options, revert=True)
-
-
-def _rewrite(options: Namespace, revert: bool) -> None:
-    from pke_fast.checkpoint import patch_checkpoint
-    from pke_fast.patch import Patch
-
-    patch = Patch.load(options.patch)
-    written = patch_checkpoint(Path(options.model), patch, Path(options.out), revert=revert, force=options.force)
-    terminal.facts(console_of(options), "Reverted" if revert else "Applied", written)
-    finish(options, written)
-
-
 def chat(options: Namespace) -> None:
     from pke_fast.generation import generate
     from pke_fast.patch import Patch
@@ -239,14 +221,6 @@ def _prompts(options: Namespace, console: Console) -> Any:
         if not prompt:
             return
         yield prompt
-
-
-def show(options: Namespace) -> None:
-    from pke_fast.patch import Patch
-
-    description = Patch.load(options.patch).describe()
-    terminal.patch(console_of(options), description)
-    finish(options, description)
 
 
 def doctor(options: Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -12,13 +13,13 @@ from pke_fast import __version__
 MODEL = "a hub id, a local folder, a .gguf file, or smollm2 (the embedded default)"
 
 
-def _command(name: str) -> Callable[[argparse.Namespace], None]:
-    """`commands.NAME`, imported when it runs: `--help` and `--version` stay instant."""
+def _command(name: str, module: str) -> Callable[[argparse.Namespace], None]:
+    """The function of that name in a module beside this, imported when it runs: `--help` stays instant."""
 
     def run(options: argparse.Namespace) -> None:
         import numpy  # noqa: F401  torch starts this import from C++, where a Ctrl-C would be lost
 
-        getattr(import_module("pke_fast.cli.commands"), name)(options)
+        getattr(import_module(f"pke_fast.cli.{module}"), name)(options)
 
     return run
 
@@ -40,6 +41,11 @@ def _model(parser: Any) -> None:
 def _output(parser: Any, what: str) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help=what)
     parser.add_argument("--force", action="store_true", help="replace DIR if it exists and isn't empty")
+
+
+def _patch_output(parser: Any, required: bool = True) -> None:
+    parser.add_argument("--out", required=required, metavar="FILE", help="gets the patch (a .safetensors)")
+    parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
 
 
 def _json(parser: Any) -> None:
@@ -77,11 +83,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pke-fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, text: str, *parts: Callable[[Any], None]) -> argparse.ArgumentParser:
+    def add(name: str, text: str, *parts: Callable[[Any], None], module: str = "commands") -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         for part in parts:
             part(sub)
-        sub.set_defaults(run=_command(name))
+        sub.set_defaults(run=_command(name, module))
         return sub
 
     edit = add("edit", "locate the hot spots, edit them, write a patch and a report", _model, _requests, _settings)
@@ -116,17 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     _output(evaluate, "gets eval.json and generations.jsonl")
     _json(evaluate)
 
-    for name, text in (
-        ("apply", "write a copy of a checkpoint with a patch applied"),
-        ("revert", "write a copy with a patch undone"),
-    ):
-        sub = add(name, text)
-        sub.add_argument(
-            "--model", required=True, metavar="DIR", help="a folder of safetensors; it is never loaded whole"
-        )
-        sub.add_argument("--patch", required=True, metavar="P", help="patch.safetensors")
-        _output(sub, "the new checkpoint")
-        _json(sub)
+    _patch_commands(partial(add, module="patching"))
 
     chat = add("chat", "one prompt, two answers side by side: before and after", _model, _settings)
     chat.add_argument("--patch", metavar="P", help="without it there is one answer")
@@ -134,10 +130,6 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--max-new-tokens", type=_whole, default=80, metavar="N", help="length of an answer (default: 80)"
     )
-
-    show = add("show", "what is in a patch")
-    show.add_argument("patch", metavar="P", help="patch.safetensors")
-    _json(show)
 
     _json(add("doctor", "what is installed, what would run, and what is missing"))
 
@@ -153,3 +145,61 @@ def build_parser() -> argparse.ArgumentParser:
     _redact(demo)
     _json(demo)
     return parser
+
+
+def _patch_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """What is done with patches and checkpoints on disk, without loading a model."""
+    for name, text in (
+        ("apply", "write a copy of a checkpoint with a patch applied, or apply it in place"),
+        ("revert", "write a copy of a checkpoint with a patch undone, or undo it in place"),
+    ):
+        sub = add(name, text)
+        sub.add_argument(
+            "--model", required=True, metavar="DIR", help="a folder of safetensors; it is never loaded whole"
+        )
+        sub.add_argument("--patch", required=True, metavar="P", help="patch.safetensors")
+        where = sub.add_mutually_exclusive_group(required=True)
+        where.add_argument("--out", metavar="DIR", help="the new checkpoint")
+        where.add_argument(
+            "--in-place",
+            action="store_true",
+            help="change the neurons' bytes in DIR itself; a kill leaves the old weights or the new ones",
+        )
+        sub.add_argument(
+            "--allow-pickle",
+            action="store_true",
+            help="convert a pytorch_model.bin to safetensors in the --out DIR, reading it with weights_only",
+        )
+        sub.add_argument(
+            "--scale", type=float, metavar="S", help="the patch scaled: new = old + S (new - old), as pke-fast scale"
+        )
+        sub.add_argument("--force", action="store_true", help="replace the --out DIR if it exists and isn't empty")
+        _json(sub)
+
+    recover = add("recover", "end a change in place that was interrupted (apply, revert and diff do so by themselves)")
+    recover.add_argument("model", metavar="DIR", help="the checkpoint folder")
+    _json(recover)
+
+    diff = add("diff", "what differs between two checkpoints, to the bit, and the patch from one to the other")
+    diff.add_argument("a", metavar="A", help="the checkpoint folder before")
+    diff.add_argument("b", metavar="B", help="the one after, of the same model")
+    _patch_output(diff, required=False)
+    diff.add_argument(
+        "--ignore-others", action="store_true", help="write the patch although it can't hold all that differs"
+    )
+    _json(diff)
+
+    merge = add("merge", "make one patch of several: of one checkpoint, or one on top of the other")
+    merge.add_argument("patches", nargs="+", metavar="P", help="patches, in the order in which they were made")
+    _patch_output(merge)
+    _json(merge)
+
+    scale = add("scale", "make a patch that goes part of the way: new = old + S (new - old)")
+    scale.add_argument("patch", metavar="P", help="patch.safetensors")
+    scale.add_argument("--by", type=float, required=True, metavar="S", help="such as 0.5; 1 gives the same weights")
+    _patch_output(scale)
+    _json(scale)
+
+    show = add("show", "what is in a patch")
+    show.add_argument("patch", metavar="P", help="patch.safetensors")
+    _json(show)
