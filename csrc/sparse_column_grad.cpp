@@ -17,56 +17,61 @@
 namespace pke_fast {
 namespace {
 
-constexpr std::size_t kLane = 16;  // floats of a vector: one AVX-512 register, two of AVX2, four of NEON or SSE
-
+// A register's worth of floats. Wider than the processor's, compilers keep them in memory: 16 B is SSE's and NEON's,
+// 32 B AVX2's, 64 B AVX-512's.
+template <std::size_t bytes>
+struct Register {
 #if defined(__GNUC__)
-typedef float Lanes __attribute__((vector_size(kLane * sizeof(float)), aligned(4), may_alias));
+    typedef float Floats __attribute__((vector_size(bytes), aligned(4), may_alias));
 #else
-struct Lanes {
-    float at[kLane];
-    Lanes& operator+=(const Lanes& other) {
-        for (std::size_t i = 0; i < kLane; ++i) at[i] += other.at[i];
-        return *this;
-    }
-    friend Lanes operator*(float factor, const Lanes& lanes) {
-        Lanes product;
-        for (std::size_t i = 0; i < kLane; ++i) product.at[i] = factor * lanes.at[i];
-        return product;
-    }
-};
+    struct Floats {
+        float at[bytes / sizeof(float)];
+        Floats& operator+=(const Floats& other) {
+            for (std::size_t i = 0; i < bytes / sizeof(float); ++i) at[i] += other.at[i];
+            return *this;
+        }
+        friend Floats operator*(float factor, const Floats& floats) {
+            Floats product;
+            for (std::size_t i = 0; i < bytes / sizeof(float); ++i) product.at[i] = factor * floats.at[i];
+            return product;
+        }
+    };
 #endif
+};
 
-constexpr std::size_t kNeurons = 6;          // of a register tile
-constexpr std::size_t kMostVectors = 4;      // of a register tile: 6 x 4 of 32 registers are sums
-constexpr std::size_t kTokens = 128;         // whose panel of G, 32 KB, stays in the first-level cache
+constexpr std::size_t kNeurons = 6;          // of a register tile: with 2 vectors 12 of 16 registers are sums, with 4
+                                             // 24 of AVX-512's 32
+constexpr std::size_t kTokens = 128;         // whose panel of G, up to 32 KB, stays in the first-level cache
 constexpr std::size_t kSlabBytes = 1 << 19;  // of h in fp32: stays in the second-level cache
 
-// Adds to a [kNeurons, vectors * kLane] tile of the result the products of `tokens` tokens.
-template <std::size_t vectors>
+// Adds to a [kNeurons, vectors * lanes] tile of the result the products of `tokens` tokens.
+template <std::size_t bytes, std::size_t vectors>
 PKE_FAST_INLINE void multiply(const float* __restrict h, const float* __restrict g, std::ptrdiff_t g_stride,
                               std::size_t tokens, float* __restrict into, std::ptrdiff_t stride, std::size_t rows,
                               std::size_t columns) {
+    using Lanes = typename Register<bytes>::Floats;
+    constexpr std::size_t lanes = bytes / sizeof(float);
     Lanes sums[kNeurons][vectors] = {};
     for (std::size_t t = 0; t < tokens; ++t) {
         Lanes b_g[vectors];
-        for (std::size_t v = 0; v < vectors; ++v) b_g[v] = *reinterpret_cast<const Lanes*>(g + v * kLane);
+        for (std::size_t v = 0; v < vectors; ++v) b_g[v] = *reinterpret_cast<const Lanes*>(g + v * lanes);
         for (std::size_t i = 0; i < kNeurons; ++i) {
             for (std::size_t v = 0; v < vectors; ++v) sums[i][v] += h[i] * b_g[v];
         }
         h += kNeurons;
         g += g_stride;
     }
-    if (rows == kNeurons && columns == vectors * kLane) {
+    if (rows == kNeurons && columns == vectors * lanes) {
         for (std::size_t i = 0; i < kNeurons; ++i) {
             for (std::size_t v = 0; v < vectors; ++v) {
-                *reinterpret_cast<Lanes*>(into + static_cast<std::ptrdiff_t>(i) * stride + v * kLane) += sums[i][v];
+                *reinterpret_cast<Lanes*>(into + static_cast<std::ptrdiff_t>(i) * stride + v * lanes) += sums[i][v];
             }
         }
         return;
     }
-    float edge[kNeurons][vectors * kLane];
+    float edge[kNeurons][vectors * lanes];
     for (std::size_t i = 0; i < kNeurons; ++i) {
-        for (std::size_t v = 0; v < vectors; ++v) *reinterpret_cast<Lanes*>(&edge[i][v * kLane]) = sums[i][v];
+        for (std::size_t v = 0; v < vectors; ++v) *reinterpret_cast<Lanes*>(&edge[i][v * lanes]) = sums[i][v];
     }
     for (std::size_t i = 0; i < rows; ++i) {
         for (std::size_t x = 0; x < columns; ++x) into[static_cast<std::ptrdiff_t>(i) * stride + x] += edge[i][x];
@@ -76,23 +81,19 @@ PKE_FAST_INLINE void multiply(const float* __restrict h, const float* __restrict
 using Multiply = void (*)(const float*, const float*, std::ptrdiff_t, std::size_t, float*, std::ptrdiff_t, std::size_t,
                           std::size_t);
 
-PKE_FAST_WIDEST void multiply_wide(const float* h, const float* g, std::ptrdiff_t g_stride, std::size_t tokens,
-                     float* into, std::ptrdiff_t stride, std::size_t rows, std::size_t columns) {
-    multiply<kMostVectors>(h, g, g_stride, tokens, into, stride, rows, columns);
+PKE_FAST_WIDEST void multiply_64(const float* h, const float* g, std::ptrdiff_t g_stride, std::size_t tokens,
+                                 float* into, std::ptrdiff_t stride, std::size_t rows, std::size_t columns) {
+    multiply<64, 4>(h, g, g_stride, tokens, into, stride, rows, columns);
 }
 
-PKE_FAST_WIDEST void multiply_narrow(const float* h, const float* g, std::ptrdiff_t g_stride, std::size_t tokens,
-                     float* into, std::ptrdiff_t stride, std::size_t rows, std::size_t columns) {
-    multiply<1>(h, g, g_stride, tokens, into, stride, rows, columns);
+PKE_FAST_WIDEST void multiply_32(const float* h, const float* g, std::ptrdiff_t g_stride, std::size_t tokens,
+                                 float* into, std::ptrdiff_t stride, std::size_t rows, std::size_t columns) {
+    multiply<32, 2>(h, g, g_stride, tokens, into, stride, rows, columns);
 }
 
-// How many vectors wide the tile is that the registers hold: 32 of them take 6 x 4, AVX2's 16 take 6 x 1 (12 halves).
-std::size_t tile_vectors() {
-#if defined(__x86_64__) && defined(__GNUC__)
-    return __builtin_cpu_supports("avx512f") ? kMostVectors : 1;
-#else
-    return 1;
-#endif
+void multiply_16(const float* h, const float* g, std::ptrdiff_t g_stride, std::size_t tokens, float* into,
+                 std::ptrdiff_t stride, std::size_t rows, std::size_t columns) {
+    multiply<16, 2>(h, g, g_stride, tokens, into, stride, rows, columns);
 }
 
 PKE_FAST_WIDEST void widen_bf16(const uint16_t* __restrict in, float* __restrict out, std::size_t count) {
@@ -132,8 +133,8 @@ void pack_h(const Rows& h, Dtype dtype, std::size_t first, std::size_t tokens, s
 void sparse_column_grad(Rows grad_out, Rows h, Dtype dtype, std::size_t tokens, std::size_t hidden, std::size_t n,
                         float* into, std::ptrdiff_t into_stride, std::size_t threads) {
     if (tokens == 0 || hidden == 0 || n == 0) return;
-    const std::size_t vectors = tile_vectors(), width = vectors * kLane;
-    const Multiply tile = vectors == 1 ? multiply_narrow : multiply_wide;
+    const std::size_t bytes = widest_bytes(), width = bytes == 64 ? 64 : bytes / 2;  // floats: 4 vectors, or 2
+    const Multiply tile = bytes == 64 ? multiply_64 : bytes == 32 ? multiply_32 : multiply_16;
     const std::size_t padded = (n + kNeurons - 1) / kNeurons * kNeurons;
     const std::size_t slab = std::max(kTokens, kSlabBytes / (padded * sizeof(float)) / kTokens * kTokens);
     const std::size_t panels = (hidden + width - 1) / width;
