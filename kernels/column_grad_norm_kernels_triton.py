@@ -107,13 +107,16 @@ def column_grad_norm_gram_sum_kernel(
     scored = (segment > 0) & (segment <= requests)
     if (first >= end) | (other > tile) | (end - start > limit) | (not scored):
         return
-    b_token = first + tl.arange(0, BS)  # [BS]
-    b_at = b_token[:, None] * width + (other * BT + tl.arange(0, BT))[None, :]
-    inside = (b_token < end)[:, None]
+    corner = first * width + other * BT
+    b_row = tl.arange(0, BS)  # [BS]
+    b_at = b_row[:, None] * width + tl.arange(0, BT)[None, :]  # in 32 bits: these are few rows
+    inside = (b_row < end - first)[:, None]
     b_gram = tl.zeros([BS, BT], dtype=tl.float32)
-    for part in range(PARTS):
-        b_gram += tl.load(parts + part * (tokens * width.to(tl.int64)) + b_at, mask=inside, other=0.0)
-    _store_gram(b_gram, b_at, inside, gram, gram_low, SPLIT)
+    parts += corner
+    for _ in range(PARTS):
+        b_gram += tl.load(parts + b_at, mask=inside, other=0.0)
+        parts += tokens * width.to(tl.int64)
+    _store_gram(b_gram, b_at, inside, gram + corner, gram_low + corner, SPLIT)
 
 
 @triton.jit

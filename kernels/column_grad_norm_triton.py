@@ -26,7 +26,7 @@ from pke_fast.kernels.column_grad_norm_kernels_triton import (
     column_grad_norm_root_kernel,
     column_grad_norm_tile_kernel,
 )
-from pke_fast.kernels.ragged_triton import searched, tile_slots
+from pke_fast.kernels.ragged_triton import searched, sum_blocks, tile_slots
 
 ENOUGH = 256  # programs that keep a GPU busy: K's sums are split over the hidden size until there are as many
 MOST_PARTS = 16
@@ -122,7 +122,8 @@ def column_grad_norm(grad_out: Tensor, h: Tensor, offsets: Tensor) -> Tensor:
             num_stages=block.stages,
         )
     if long_slots or tokens > block.tokens:
-        column_grad_norm_root_kernel[(requests, triton.cdiv(neurons, 128))](
+        rows, width = sum_blocks(requests, neurons)
+        column_grad_norm_root_kernel[(requests, triton.cdiv(neurons, width))](
             offsets,
             partials,
             norms,
@@ -133,8 +134,8 @@ def column_grad_norm(grad_out: Tensor, h: Tensor, offsets: Tensor) -> Tensor:
             slots,
             hidden_blocks,
             BT=block.tokens,
-            BN=16,
-            BD=128,
+            BN=rows,
+            BD=width,
             num_warps=4,
             num_stages=1,
         )

@@ -13,7 +13,7 @@ from pke_fast.kernels.glu_score_kernels_triton import (
     glu_score_fwd_kernel,
     glu_score_fwd_statistics_kernel,
 )
-from pke_fast.kernels.ragged_triton import ragged_sum, searched, tile_slots
+from pke_fast.kernels.ragged_triton import ragged_sum, searched, sum_blocks, tile_slots
 
 ROW_BYTES = 512  # of a row in one program: a warp reads it with one 16-byte load a thread
 SUBTILE = 8  # tokens at a time: with 4 warps, two 16-byte loads in flight for each thread and tensor
@@ -78,7 +78,8 @@ def fwd(
         num_stages=1,
     )
     if several and requests:
-        glu_score_fwd_statistics_kernel[(requests, triton.cdiv(neurons, 128))](
+        rows, width = sum_blocks(requests, neurons)
+        glu_score_fwd_statistics_kernel[(requests, triton.cdiv(neurons, width))](
             offsets,
             mean,
             peak,
@@ -90,8 +91,8 @@ def fwd(
             neurons,
             MASKED=masked,
             BT=tile,
-            BN=16,
-            BD=128,
+            BN=rows,
+            BD=width,
             num_warps=4,
             num_stages=1,
         )

@@ -73,10 +73,16 @@ def ragged_sum_kernel(
     tl.store(sums + request.to(tl.int64) * neurons + b_column, tl.sum(b_sum, 0), mask=b_column < neurons)
 
 
+def sum_blocks(requests: int, neurons: int) -> tuple[int, int]:
+    """Partials and neurons at once when partials are added up: narrow, unless that makes too many programs."""
+    width = 128 if requests * triton.cdiv(neurons, 128) <= 1024 else 512
+    return 2048 // width, width
+
+
 def ragged_sum(partials: Tensor, sums: Tensor, offsets: Tensor, tokens: int, tile: int) -> None:
     """Adds up the tiles' partials [slots, D] into sums [R, D], both fp32, for the requests of more than one tile."""
     requests, neurons = sums.shape
-    grid = (requests, triton.cdiv(neurons, 128))
-    ragged_sum_kernel[grid](
-        partials, sums, offsets, tokens, requests, neurons, BT=tile, BN=16, BD=128, num_warps=4, num_stages=1
+    rows, width = sum_blocks(requests, neurons)
+    ragged_sum_kernel[(requests, triton.cdiv(neurons, width))](
+        partials, sums, offsets, tokens, requests, neurons, BT=tile, BN=rows, BD=width, num_warps=4, num_stages=1
     )
