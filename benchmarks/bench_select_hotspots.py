@@ -1,4 +1,5 @@
-"""How fast select_hotspots is on one thread, beside torch.topk and numpy.argpartition. Run by `make bench`."""
+"""How fast select_hotspots is, beside torch.topk and numpy.argpartition: on one thread by `make bench`, on a GPU by
+`make gpu`."""
 
 from __future__ import annotations
 
@@ -59,3 +60,25 @@ def bench_select(benchmark: Callable, problem: tuple[Tensor, int], choose: Calla
         assert torch.equal(got.layer_ptr, expected.layer_ptr)
         assert torch.equal(got.neurons, expected.neurons)
     benchmark(choose, scores, k)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("choose", [_native, _native_capped, _topk_sorted, _topk_unsorted])
+def bench_select_on_gpu(benchmark: Callable, problem: tuple[Tensor, int], choose: Callable, dtype: torch.dtype) -> None:
+    """From the call to the end of the work on the device."""
+    scores, k = problem[0].to("cuda", dtype), problem[1]
+    benchmark.group = (
+        f"select_hotspots, {scores.numel():,} scores, k = {k:,}, {dtype} on {torch.cuda.get_device_name()}"
+    )
+    expected = reference(scores.cpu(), k, 0, len(scores))
+    got = native(scores, k, 0, len(scores))
+    assert torch.equal(got.layer_ptr.cpu(), expected.layer_ptr)
+    assert torch.equal(got.neurons.cpu(), expected.neurons)
+
+    def run() -> None:
+        choose(scores, k)
+        torch.cuda.synchronize()
+
+    benchmark.pedantic(run, rounds=200, warmup_rounds=20)

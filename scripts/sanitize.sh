@@ -15,9 +15,6 @@ for file in "${tests[@]}"; do
 done
 
 flags="-fsanitize=address,undefined -fno-sanitize-recover=all"
-if ! "$python" -c "import pybind11, ninja" 2>/dev/null; then
-    "$python" -m pip --disable-pip-version-check install --quiet pybind11 ninja
-fi
 PKE_FAST_CUDA=0 CXX=$cxx CXXFLAGS="$flags -O1 -g -fno-omit-frame-pointer" LDFLAGS=$flags "$python" setup.py --quiet \
     build_ext --build-temp "$folder/objects" --build-lib "$folder"
 

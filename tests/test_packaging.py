@@ -109,6 +109,26 @@ print(select_hotspots_native.select_hotspots(torch.tensor([[1.0, 3.0, 2.0]]), 2,
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="the CUDA part is not built with Microsoft's compiler")
+def test_build_with_an_nvcc_that_fails(tmp_path: Path) -> None:
+    """auto does without the CUDA part, and says so; 1 fails."""
+    nvcc = tmp_path / "cuda/bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text('#!/bin/sh\n[ "$1" = --list-gpu-code ] && echo sm_90 && exit\n[ "$1" = --dryrun ]\n')
+    nvcc.chmod(0o755)
+    (tmp_path / "cuda/lib64").mkdir()
+    (tmp_path / "cuda/lib64/libcudart_static.a").touch()
+    build = (sys.executable, "setup.py", "build_ext", "--build-temp", tmp_path, "--build-lib", tmp_path)
+    auto = run(*build, cwd=ROOT, CUDA_HOME=str(nvcc.parent.parent), PKE_FAST_CUDA="auto")
+    assert auto.returncode == 0, auto.stdout + auto.stderr
+    assert re.search("without its CUDA part: .* did not compile", auto.stdout + auto.stderr)
+    assert list((tmp_path / "pke_fast").glob("_native*"))
+    required = run(*build, cwd=ROOT, CUDA_HOME=str(nvcc.parent.parent), PKE_FAST_CUDA="1")
+    assert required.returncode != 0
+    assert "PKE_FAST_CUDA=1, but the CUDA part can't be built" in required.stdout + required.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
