@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 #include <vector>
 
@@ -79,8 +78,7 @@ PKE_FAST_WIDEST void round_to_fp16(const float* __restrict values, uint16_t* __r
     for (std::size_t i = 0; i < count; ++i) out[i] = to_fp16(values[i]);
 }
 
-inline void round_to(Dtype dtype, const float* values, uint32_t* out, std::size_t count) {
-    (void)dtype;
+inline void round_to(Dtype, const float* values, uint32_t* out, std::size_t count) {
     std::memcpy(out, values, count * sizeof *out);
 }
 
@@ -88,50 +86,42 @@ inline void round_to(Dtype dtype, const float* values, uint16_t* out, std::size_
     (dtype == Dtype::bf16 ? round_to_bf16 : round_to_fp16)(values, out, count);
 }
 
-constexpr std::size_t kGroup = 16;      // neurons that are transposed together: a cache line of fp32
-constexpr std::size_t kAhead = 128;     // elements of the weight that are prefetched: hides memory at 40 ns a line
-constexpr std::size_t kTile = 1 << 18;  // bytes of a tile: half of a small second-level cache
-constexpr std::size_t kMostNeurons = 2048;  // of one tile, so that it has at least 32 elements of each
-constexpr std::size_t kMostHidden = 256;    // elements of one neuron in a tile
+constexpr std::size_t kAhead = 128;             // elements of the weight that are prefetched
+constexpr std::size_t kTileBytes = 1 << 18;     // half of a small second-level cache
+constexpr std::size_t kMostNeurons = 1024;      // of a tile, so that it has at least 64 elements of each
+constexpr std::size_t kMostHidden = 256;        // elements of one neuron in a tile
 constexpr std::size_t kWorthAThread = 1 << 15;  // elements: some 30 us of work, what it costs to start a thread
 
-// [kGroup, count] with rows `stride` apart, to [count, kGroup] with rows `out_stride` apart.
+// Asks for an element that will be written; it may lie past the weight's end, where nothing happens.
 template <typename Bits>
-PKE_FAST_INLINE void transpose_elements(const Bits* __restrict in, std::size_t stride, std::size_t neurons,
-                                        std::size_t count, Bits* __restrict out, std::size_t out_stride) {
-    if (neurons == kGroup) {
-        for (std::size_t x = 0; x < count; ++x) {
-            for (std::size_t i = 0; i < kGroup; ++i) out[x * out_stride + i] = in[i * stride + x];
-        }
-    } else {
-        for (std::size_t x = 0; x < count; ++x) {
-            for (std::size_t i = 0; i < neurons; ++i) out[x * out_stride + i] = in[i * stride + x];
-        }
-    }
+PKE_FAST_INLINE void prefetch_to_write(const Bits* row, std::ptrdiff_t offset) {
+#if defined(__GNUC__)
+    const std::uintptr_t element = reinterpret_cast<std::uintptr_t>(row) + offset * sizeof(Bits);
+    __builtin_prefetch(reinterpret_cast<const void*>(element), 1, 3);
+#else
+    (void)row, (void)offset;
+#endif
 }
 
-// Where values come from: `rounded(i, x, count, out)` writes elements x .. x + count - 1 of neuron i in the weight's dtype
-// and `fetch` asks for them early.
+// A neuron's column touches a line and, in a large weight, a page of memory for each of its elements. So a tile takes a
+// run of elements of many neurons, and then the weight is walked row by row: neighbours in a row share lines, lines of
+// a row share pages, and the prefetch runs ahead of both.
 //
-// A neuron's column touches a line and, in a large weight, a page of memory for each of its elements. So the values
-// of many neurons go through a tile [elements, neurons], and the weight is walked row by row: neighbours in a row
-// share lines, a row's lines share pages, and the prefetch runs ahead of both.
+// `source.rounded(i, x, count, out)` gives elements x .. x + count - 1 of neuron i in the weight's dtype.
 template <typename Bits, typename Source>
 void write_tiles(const Columns& c, const Source& source, std::size_t threads) {
     const std::size_t wide = std::min(c.n, kMostNeurons);
-    const std::size_t deep = std::clamp<std::size_t>(kTile / (sizeof(Bits) * wide) / 16 * 16, 16, kMostHidden);
+    const std::size_t deep = std::clamp<std::size_t>(kTileBytes / (sizeof(Bits) * wide) / 64 * 64, 64, kMostHidden);
+    const std::size_t stride = deep + 64 / sizeof(Bits);  // an odd number of lines: a tile's column fills every set
     const std::size_t across = (c.n + wide - 1) / wide, down = (c.hidden + deep - 1) / deep;
     const std::size_t workers = std::min(threads, across * down);
-    const std::size_t room = wide * deep + kGroup * deep;
-    std::vector<Bits> scratch(workers * room);
-    std::vector<std::ptrdiff_t> steps(workers * (wide + kAhead));
+    std::vector<Bits> tiles(workers * wide * stride);
+    std::vector<std::ptrdiff_t> offsets(workers * (wide + kAhead));
     std::atomic<std::size_t> next{0};
-    Bits* weight = static_cast<Bits*>(c.data);
 
     parallel_for(workers, workers, [&](std::size_t worker) {
-        Bits* group = scratch.data() + worker * room;
-        Bits* tile = group + kGroup * deep;
-        std::ptrdiff_t* to = steps.data() + worker * (wide + kAhead);
+        Bits* tile = tiles.data() + worker * wide * stride;
+        std::ptrdiff_t* to = offsets.data() + worker * (wide + kAhead);
         for (std::size_t block; (block = next.fetch_add(1, std::memory_order_relaxed)) < across * down;) {
             const std::size_t i0 = block / down * wide, x0 = block % down * deep;
             const std::size_t neurons = std::min(wide, c.n - i0), count = std::min(deep, c.hidden - x0);
@@ -139,21 +129,12 @@ void write_tiles(const Columns& c, const Source& source, std::size_t threads) {
                 to[j] = static_cast<std::ptrdiff_t>(c.neurons[i0 + j % neurons]) * c.neuron_stride +
                         static_cast<std::ptrdiff_t>(j / neurons) * c.hidden_stride;
             }
-            for (std::size_t j = 0; j < neurons; j += kGroup) {
-                const std::size_t together = std::min(kGroup, neurons - j);
-                for (std::size_t i = 0; i < together; ++i) source.rounded(i0 + j + i, x0, count, group + i * deep);
-                transpose_elements(group, deep, together, count, tile + j, neurons);
-            }
+            for (std::size_t j = 0; j < neurons; ++j) source.rounded(i0 + j, x0, count, tile + j * stride);
             for (std::size_t x = 0; x < count; ++x) {
-                Bits* row = weight + static_cast<std::ptrdiff_t>(x0 + x) * c.hidden_stride;
-                const Bits* values = tile + x * neurons;
+                Bits* row = static_cast<Bits*>(c.data) + static_cast<std::ptrdiff_t>(x0 + x) * c.hidden_stride;
                 for (std::size_t j = 0; j < neurons; ++j) {
-#if defined(__GNUC__)
-                    __builtin_prefetch(reinterpret_cast<const void*>(
-                                           reinterpret_cast<std::uintptr_t>(row) + to[j + kAhead] * sizeof(Bits)),
-                                       1, 3);
-#endif
-                    row[to[j]] = values[j];
+                    prefetch_to_write(row, to[j + kAhead]);
+                    row[to[j]] = tile[j * stride + x];
                 }
             }
         }

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from pke_fast.kernels.interpreted_triton import dot, rounded
-from pke_fast.kernels.ragged_triton import find_tile, segment_start
+from pke_fast.kernels.ragged_triton import find_tile, request_span
 
 
 @triton.jit
@@ -36,9 +36,9 @@ def column_grad_norm_gram_kernel(
     width,
     limit,
     others,
+    steps,
     PARTS: tl.constexpr,
     SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
@@ -58,7 +58,6 @@ def column_grad_norm_gram_kernel(
         return
     b_token = first + tl.arange(0, BT)  # [BT]
     b_other = start + other * BT + tl.arange(0, BT)  # [BT]
-    steps = tl.cdiv(tl.cdiv(hidden, BK), PARTS)
     b_gram = tl.zeros([BT, BT], dtype=tl.float32)
     for k in range(part * steps * BK, tl.minimum((part + 1) * steps * BK, hidden), BK):
         b_k = k + tl.arange(0, BK)  # [BK]
@@ -72,7 +71,7 @@ def column_grad_norm_gram_kernel(
             mask=(b_other < end)[:, None] & (b_k < hidden)[None, :],
             other=0.0,
         )
-        b_gram = dot(b_left, tl.trans(b_right), b_gram, PRECISION)
+        b_gram = dot(b_left, tl.trans(b_right), b_gram)
     b_gram = tl.where(other < tile, 2.0 * b_gram, b_gram)
     b_at = b_token[:, None] * width + (other * BT + tl.arange(0, BT))[None, :]
     inside = (b_token < end)[:, None]
@@ -139,7 +138,6 @@ def column_grad_norm_tile_kernel(
     limit,
     slots,
     SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
     BT: tl.constexpr,
     BS: tl.constexpr,
     BD: tl.constexpr,
@@ -170,10 +168,15 @@ def column_grad_norm_tile_kernel(
         b_gram = tl.load(gram + b_at, mask=inside, other=0.0)
         if SPLIT:
             b_low = tl.load(gram_low + b_at, mask=inside, other=0.0)
-            b_product = dot(b_low, b_h, b_product, PRECISION)
-            b_product = dot(b_gram, b_h, b_product, PRECISION)
+            b_product = dot(b_low, b_h, b_product)
+            b_product = dot(b_gram, b_h, b_product)
+        elif h.dtype.element_ty == tl.float16:
+            # fp16 is exact in tf32's 11 bits, and a tensor core drops the other bits of fp32
+            b_high = (b_gram.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
+            b_product = tl.dot(b_gram - b_high, b_h.to(tl.float32), b_product, input_precision="tf32")
+            b_product = tl.dot(b_high, b_h.to(tl.float32), b_product, input_precision="tf32")
         else:
-            b_product = dot(b_gram, b_h.to(tl.float32), b_product, PRECISION)
+            b_product = dot(b_gram, b_h, b_product)
     b_h = tl.load(
         h + b_token[:, None] * h_stride + b_column[None, :],
         mask=(b_token < last)[:, None] & (b_column < neurons)[None, :],
@@ -186,7 +189,7 @@ def column_grad_norm_tile_kernel(
         tl.store(partials + slot.to(tl.int64) * neurons + b_column, b_square, mask=b_column < neurons)
 
 
-@triton.jit(do_not_specialize=["tokens", "requests", "limit", "slots"])
+@triton.jit(do_not_specialize=["tokens", "requests", "limit", "slots", "parts", "blocks"])
 def column_grad_norm_direct_kernel(
     grad,
     h,
@@ -200,34 +203,33 @@ def column_grad_norm_direct_kernel(
     h_stride,
     limit,
     slots,
-    PRECISION: tl.constexpr,
+    parts,
+    blocks,
     BM: tl.constexpr,
     BK: tl.constexpr,
     BD: tl.constexpr,
     BR: tl.constexpr,
 ):
     """sum over BM hidden dimensions of (G^T h)^2, for BD neurons of one long request."""
-    parts = tl.cdiv(hidden, BM)
     part = tl.program_id(0) % parts
-    block = (tl.program_id(0) // parts) % tl.cdiv(neurons, BD)
-    place = tl.program_id(0) // parts // tl.cdiv(neurons, BD)
+    block = (tl.program_id(0) // parts) % blocks
+    place = tl.program_id(0) // parts // blocks
     # long requests start more than `limit` tokens apart: start // (limit + 1) is another number for each
     b_found = tl.zeros([BR], dtype=tl.int32)
     for i in range(0, requests, BR):
         b_request = i + tl.arange(0, BR)  # [BR]
-        b_start = segment_start(offsets, b_request + 1, tokens, requests)
-        b_length = segment_start(offsets, b_request + 2, tokens, requests) - b_start
-        here = (b_length > limit) & (b_start // (limit + 1) == place) & (b_request < requests)
+        b_start, b_length = request_span(offsets, b_request, requests, tokens)
+        here = (b_length > limit) & (b_start // (limit + 1) == place)
         b_found = tl.maximum(b_found, tl.where(here, b_request + 1, 0))
-    segment = tl.max(b_found, 0)
-    if segment == 0:
+    found = tl.max(b_found, 0)
+    if found == 0:
         return
-    start = segment_start(offsets, segment, tokens, requests)
-    end = segment_start(offsets, segment + 1, tokens, requests)
+    start, length = request_span(offsets, found - 1, requests, tokens)
+    end = start + length
     b_dimension = part * BM + tl.arange(0, BM)  # [BM]
     b_column = block * BD + tl.arange(0, BD)  # [BD]
     b_product = tl.zeros([BM, BD], dtype=tl.float32)
-    for t in range(0, (end - start).to(tl.int32), BK):
+    for t in range(0, length.to(tl.int32), BK):
         b_token = start + t + tl.arange(0, BK)  # [BK]
         b_grad = tl.load(
             grad + b_token[:, None] * grad_stride + b_dimension[None, :],
@@ -239,7 +241,7 @@ def column_grad_norm_direct_kernel(
             mask=(b_token < end)[:, None] & (b_column < neurons)[None, :],
             other=0.0,
         )
-        b_product = dot(tl.trans(b_grad), b_h, b_product, PRECISION)
+        b_product = dot(tl.trans(b_grad), b_h, b_product)
     row = slots + place * parts + part
     at = row.to(tl.int64) * neurons + b_column
     tl.store(partials + at, tl.sum(b_product * b_product, 0), mask=b_column < neurons)
@@ -263,8 +265,7 @@ def column_grad_norm_root_kernel(
     """Norms of the requests that left more than one partial, in the partials' order, and zeros for the empty ones."""
     request = tl.program_id(0)
     b_column = tl.program_id(1) * BD + tl.arange(0, BD)  # [BD]
-    start = segment_start(offsets, request + 1, tokens, requests)
-    length = segment_start(offsets, request + 2, tokens, requests) - start
+    start, length = request_span(offsets, request, requests, tokens)
     if (length > 0) & (length <= BT) & (length <= limit):
         return
     direct = length > limit

@@ -1,11 +1,12 @@
 """column_grad_norm in Triton: what is launched, and in blocks of which shape.
 
 Short requests: K = G G^T in blocks at and below the diagonal, then h^T K h by tiles. Long ones: G^T h by blocks, then
-squares. Nothing of size [T, D] or [d, D] is written. K is all that is kept between kernels, and its rounding is what
-counts, since h^T K h is a difference of large numbers where tokens' gradients cancel: for bf16 it is kept as the sum of
-two bf16, 16 bits, for two fast products (one bf16 would be off by several per cent there); for fp16 that isn't enough,
-and K stays fp32 and is multiplied by three tf32 products. Products of fp32 are exact and summed in fp32: the tensor
-cores' own sums are cut off, not rounded, which shows in fp32.
+squares. Nothing of size [T, D] or [d, D] is written.
+
+K is all that is kept between kernels, and its rounding is what counts, since h^T K h is a difference of large numbers
+where tokens' gradients cancel. For bf16, K is kept as two bf16, 16 bits, for two products: with one, norms would be off
+by several per cent there. For fp16 that is too little: K is kept in fp32 and split into two tf32, 22 bits. Products of
+fp32 are left to ordinary fp32 arithmetic: a tensor core cuts its sums off instead of rounding them.
 """
 
 from __future__ import annotations
@@ -49,15 +50,16 @@ class Blocks:
     stages: int
 
 
-def blocks(tokens: int, requests: int, hidden: int, neurons: int, fp32: bool) -> Blocks:
-    """As many tokens in a tile as a request has on average; for fp32 less, as registers hold what is multiplied."""
-    tile = min(max(16, triton.next_power_of_2(triton.cdiv(tokens, requests))), 64 if fp32 else 128)
+def blocks(tokens: int, requests: int, hidden: int, neurons: int, dtype: torch.dtype) -> Blocks:
+    """As many tokens in a tile as a request has on average, in sizes that compile without spilling registers."""
+    fp32 = dtype == torch.float32
+    tile = min(max(16, triton.next_power_of_2(triton.cdiv(tokens, requests))), 128 if dtype == torch.bfloat16 else 64)
     widest = 4096 // tile if fp32 else 256 if tile <= 32 else 128
     return Blocks(
         tokens=tile,
         step=min(tile, 16 if fp32 else 32),
         neurons=min(max(16, triton.next_power_of_2(neurons)), widest),
-        hidden=min(max(16, triton.next_power_of_2(hidden)), 16 if fp32 else 64),
+        hidden=min(max(16, triton.next_power_of_2(hidden)), 32 if fp32 else 64),
         square=min(max(16, triton.next_power_of_2(min(hidden, neurons))), 64 if fp32 else 128),
         warps=8 if tile == 128 else 4,
         stages=2 if fp32 else 3,
@@ -89,8 +91,7 @@ def column_grad_norm(grad_out: Tensor, h: Tensor, offsets: Tensor) -> Tensor:
     if norms.numel() == 0 or grad_out.numel() == 0:
         return norms.zero_()
     limit = gram_limit(hidden, neurons)
-    fp32 = h.dtype == torch.float32
-    block = blocks(tokens, requests, hidden, neurons, fp32)
+    block = blocks(tokens, requests, hidden, neurons, h.dtype)
     slots = tile_slots(tokens, requests, block.tokens) if limit else 0
     long_slots = tokens // (limit + 1)
     hidden_blocks = triton.cdiv(hidden, block.square)
@@ -111,9 +112,10 @@ def column_grad_norm(grad_out: Tensor, h: Tensor, offsets: Tensor) -> Tensor:
             h.stride(0),
             limit,
             slots,
-            PRECISION="ieee",
+            hidden_blocks,
+            triton.cdiv(neurons, block.square),
             BM=block.square,
-            BK=16 if fp32 else 32,
+            BK=16 if h.dtype == torch.float32 else 32,
             BD=block.square,
             BR=searched(requests),
             num_warps=8 if block.square == 128 else 4,
@@ -165,9 +167,9 @@ def _by_gram(
         width,
         limit,
         others,
+        triton.cdiv(triton.cdiv(hidden, block.hidden), several),
         PARTS=several,
         SPLIT=split,
-        PRECISION="ieee",
         BK=block.hidden,
         **where,
         num_warps=block.warps,
@@ -206,7 +208,6 @@ def _by_gram(
         limit,
         slots,
         SPLIT=split,
-        PRECISION="tf32x3" if h.dtype == torch.float16 else "ieee",
         BS=block.step,
         BD=block.neurons,
         **where,

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pke_fast.kernels.checks import require, same_device
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK_ELEMENTS = 1 << 22  # fp32 logits alive at once: 16 MiB, so [T, V] never exists
 
 
@@ -60,3 +63,40 @@ def reference(
             d_logits.mul_(1 - (logits / soft_cap).square())
         grad[part] = d_logits.to(head.dtype) @ head
     return losses, grad
+
+
+def check_arguments(
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    targets: Tensor | None,
+    base_hidden: Tensor | None,
+    weights: Tensor,
+    soft_cap: float,
+) -> None:
+    """Raises InputError unless the arguments are as `reference` describes them."""
+    op = "edit_loss"
+    same_device(op, hidden=hidden, head=head, bias=bias, targets=targets, base_hidden=base_hidden, weights=weights)
+    require(hidden.dim() == 2, op, "hidden", "[N, d]", list(hidden.shape))
+    require(hidden.dtype in DTYPES, op, "hidden", "fp32, bf16 or fp16", hidden.dtype)
+    n, d = hidden.shape
+    require(head.dim() == 2 and head.shape[1] == d and len(head) > 0, op, "head", f"[V, d = {d}]", list(head.shape))
+    vocabulary = len(head)
+    shapes = {
+        "bias": (bias, (vocabulary,)),
+        "targets": (targets, (n,)),
+        "base_hidden": (base_hidden, (n, d)),
+        "weights": (weights, (n,)),
+    }
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None:
+            require(tensor.shape == shape, op, name, str(list(shape)), list(tensor.shape))
+    for name, tensor in {"head": head, "bias": bias, "base_hidden": base_hidden}.items():
+        if tensor is not None:
+            require(tensor.dtype == hidden.dtype, op, name, f"hidden's dtype, {hidden.dtype}", tensor.dtype)
+    require(weights.dtype == torch.float32, op, "weights", "fp32", weights.dtype)
+    one = (targets is None) != (base_hidden is None)
+    require(one, op, "targets and base_hidden", "one of them", "none" if targets is None else "both")
+    if targets is not None:
+        require(targets.dtype == torch.int64, op, "targets", "int64", targets.dtype)
+    require(soft_cap >= 0, op, "soft_cap", "a positive number, or 0 for none", soft_cap)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from pke_fast.kernels.activations_triton import activation
 from pke_fast.kernels.interpreted_triton import rounded
-from pke_fast.kernels.ragged_triton import find_tile, segment_start
+from pke_fast.kernels.ragged_triton import find_tile, request_span
 
 
 @triton.jit
@@ -37,9 +37,9 @@ def glu_score_fwd_kernel(
     tokens,
     requests,
     neurons,
+    blocks,
     gate_stride,
     up_stride,
-    mask_stride,
     ACT: tl.constexpr,
     GATED: tl.constexpr,
     MASKED: tl.constexpr,
@@ -48,7 +48,6 @@ def glu_score_fwd_kernel(
     BD: tl.constexpr,
     BR: tl.constexpr,
 ):
-    blocks = tl.cdiv(neurons, BD)
     slot = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
     segment, tile, start, end = find_tile(offsets, slot, tokens, requests, BT, BR)
@@ -57,22 +56,29 @@ def glu_score_fwd_kernel(
     if (first >= end) & ((tile > 0) | (not scored)):  # an empty request has its zeros to write
         return
     last = tl.minimum(first + BT, end)
+    gate += first * gate_stride
+    up += first * up_stride
+    h += first * neurons
+    mask += first
 
     b_column = block * BD + tl.arange(0, BD)  # [BD]
     b_sum = tl.zeros([BS, BD], dtype=tl.float32)
     b_peak = tl.zeros([BS, BD], dtype=tl.int32)
     b_count = tl.zeros([BS], dtype=tl.int32)
-    for i in range(0, (last - first).to(tl.int32), BS):
-        b_token = first + i + tl.arange(0, BS)  # [BS]
-        inside = (b_token < last)[:, None] & (b_column < neurons)[None, :]
-        b_gate = tl.load(gate + b_token[:, None] * gate_stride + b_column[None, :], mask=inside, other=0.0)
+    rows = (last - first).to(tl.int32)
+    for i in range(0, rows, BS):  # an int64 counter would hide from Triton how rows are aligned
+        b_row = i + tl.arange(0, BS)  # [BS]
+        inside = (b_row < rows)[:, None] & (b_column < neurons)[None, :]
+        b_gate = tl.load(gate + b_row[:, None].to(tl.int64) * gate_stride + b_column[None, :], mask=inside, other=0.0)
         b_h, _ = activation(b_gate.to(tl.float32), ACT)
         if GATED:
-            b_up = tl.load(up + b_token[:, None] * up_stride + b_column[None, :], mask=inside, other=0.0)
+            b_up = tl.load(up + b_row[:, None].to(tl.int64) * up_stride + b_column[None, :], mask=inside, other=0.0)
             b_h *= b_up.to(tl.float32)
-        tl.store(h + b_token[:, None] * neurons + b_column[None, :], rounded(b_h, h.dtype.element_ty), mask=inside)
+        tl.store(
+            h + b_row[:, None].to(tl.int64) * neurons + b_column[None, :], rounded(b_h, h.dtype.element_ty), mask=inside
+        )
         if MASKED:
-            b_counts = tl.load(mask + b_token * mask_stride, mask=b_token < last, other=0) != 0
+            b_counts = tl.load(mask + b_row, mask=b_row < rows, other=0) != 0
             b_count += b_counts.to(tl.int32)
             b_h = tl.where(b_counts[:, None], b_h, 0.0)
         b_sum += tl.abs(b_h)
@@ -114,11 +120,10 @@ def glu_score_fwd_statistics_kernel(
     """Mean and peak of the requests of more than one tile, from their tiles' partials."""
     request = tl.program_id(0)
     b_column = tl.program_id(1) * BD + tl.arange(0, BD)  # [BD]
-    start = segment_start(offsets, request + 1, tokens, requests)
-    end = segment_start(offsets, request + 2, tokens, requests)
-    tiles = tl.cdiv(end - start, BT)
-    if tiles <= 1:
+    start, length = request_span(offsets, request, requests, tokens)
+    if length <= BT:
         return
+    tiles = tl.cdiv(length, BT).to(tl.int32)
     first = start // BT + request + 1
     b_sum = tl.zeros([BN, BD], dtype=tl.float32)
     b_peak = tl.zeros([BN, BD], dtype=tl.int32)
@@ -131,7 +136,7 @@ def glu_score_fwd_statistics_kernel(
         b_peak = tl.maximum(b_peak, _size_bits(tl.load(part_peak + at, mask=inside, other=0.0)))
         if MASKED:
             b_count += tl.load(part_count + first + b_tile, mask=b_tile < tiles, other=0)
-    count = tl.maximum(tl.sum(b_count, 0), 1) if MASKED else (end - start).to(tl.int32)
+    count = tl.maximum(tl.sum(b_count, 0), 1) if MASKED else length.to(tl.int32)
     at = request.to(tl.int64) * neurons + b_column
     tl.store(mean + at, tl.sum(b_sum, 0) / count.to(tl.float32), mask=b_column < neurons)
     tl.store(peak + at, tl.max(b_peak, 0).to(tl.float32, bitcast=True), mask=b_column < neurons)
@@ -151,12 +156,12 @@ def glu_score_bwd_kernel(
     tokens,
     requests,
     neurons,
+    blocks,
     dh_stride,
     gate_stride,
     up_stride,
     dgate_stride,
     dup_stride,
-    mask_stride,
     ACT: tl.constexpr,
     GATED: tl.constexpr,
     MASKED: tl.constexpr,
@@ -165,7 +170,6 @@ def glu_score_bwd_kernel(
     BD: tl.constexpr,
     BR: tl.constexpr,
 ):
-    blocks = tl.cdiv(neurons, BD)
     slot = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
     segment, tile, start, end = find_tile(offsets, slot, tokens, requests, BT, BR)
@@ -174,26 +178,33 @@ def glu_score_bwd_kernel(
     if (first >= end) & ((tile > 0) | (not scored)):  # an empty request has its zeros to write
         return
     last = tl.minimum(first + BT, end)
+    dh += first * dh_stride
+    gate += first * gate_stride
+    up += first * up_stride
+    dgate += first * dgate_stride
+    dup += first * dup_stride
+    mask += first
 
     b_column = block * BD + tl.arange(0, BD)  # [BD]
     b_path = tl.zeros([BS, BD], dtype=tl.float32)
-    for i in range(0, (last - first).to(tl.int32), BS):
-        b_token = first + i + tl.arange(0, BS)  # [BS]
-        inside = (b_token < last)[:, None] & (b_column < neurons)[None, :]
-        b_gate = tl.load(gate + b_token[:, None] * gate_stride + b_column[None, :], mask=inside, other=0.0)
-        b_dh = tl.load(dh + b_token[:, None] * dh_stride + b_column[None, :], mask=inside, other=0.0)
+    rows = (last - first).to(tl.int32)
+    for i in range(0, rows, BS):  # an int64 counter would hide from Triton how rows are aligned
+        b_row = i + tl.arange(0, BS)  # [BS]
+        inside = (b_row < rows)[:, None] & (b_column < neurons)[None, :]
+        b_gate = tl.load(gate + b_row[:, None].to(tl.int64) * gate_stride + b_column[None, :], mask=inside, other=0.0)
+        b_dh = tl.load(dh + b_row[:, None].to(tl.int64) * dh_stride + b_column[None, :], mask=inside, other=0.0)
         b_active, b_slope = activation(b_gate.to(tl.float32), ACT)
         b_dactive = b_dh.to(tl.float32)
         if GATED:
-            b_up = tl.load(up + b_token[:, None] * up_stride + b_column[None, :], mask=inside, other=0.0)
+            b_up = tl.load(up + b_row[:, None].to(tl.int64) * up_stride + b_column[None, :], mask=inside, other=0.0)
             b_dup = rounded(b_active * b_dactive, dup.dtype.element_ty)
-            tl.store(dup + b_token[:, None] * dup_stride + b_column[None, :], b_dup, mask=inside)
+            tl.store(dup + b_row[:, None].to(tl.int64) * dup_stride + b_column[None, :], b_dup, mask=inside)
             b_dactive *= b_up.to(tl.float32)
         b_dgate = rounded(b_slope * b_dactive, dgate.dtype.element_ty)
-        tl.store(dgate + b_token[:, None] * dgate_stride + b_column[None, :], b_dgate, mask=inside)
+        tl.store(dgate + b_row[:, None].to(tl.int64) * dgate_stride + b_column[None, :], b_dgate, mask=inside)
         b_size = tl.abs(b_active * b_dactive)  # |act * up * dh|
         if MASKED:
-            b_counts = tl.load(mask + b_token * mask_stride, mask=b_token < last, other=0) != 0
+            b_counts = tl.load(mask + b_row, mask=b_row < rows, other=0) != 0
             b_size = tl.where(b_counts[:, None], b_size, 0.0)
         b_path += b_size
 

@@ -44,17 +44,17 @@ def fwd(
         return h, mean.zero_(), peak.zero_()
     width = ROW_BYTES // gate.element_size()
     tile = _tile(tokens, neurons, width, 128)  # two partials for three tensors: 2 % of the bytes
-    slots = tile_slots(tokens, requests, tile)
+    slots, blocks = tile_slots(tokens, requests, tile), triton.cdiv(neurons, width)
     several = tokens > tile  # whether a request can have more than one tile
     part_sum = torch.empty(slots if several else 0, neurons, dtype=torch.float32, device=gate.device)
     part_peak = torch.empty_like(part_sum)
     part_count = torch.empty(slots if several else 0, dtype=torch.int32, device=gate.device)
     offsets, masked = offsets.contiguous(), mask is not None
-    glu_score_fwd_kernel[(slots * triton.cdiv(neurons, width),)](
+    glu_score_fwd_kernel[(slots * blocks,)](
         gate,
         gate if up is None else up,
         offsets,
-        offsets if mask is None else mask,
+        offsets if mask is None else mask.contiguous(),
         h,
         mean,
         peak,
@@ -64,9 +64,9 @@ def fwd(
         tokens,
         requests,
         neurons,
+        blocks,
         gate.stride(0),
         0 if up is None else up.stride(0),
-        0 if mask is None else mask.stride(0),
         ACT=act,
         GATED=up is not None,
         MASKED=masked,
@@ -124,16 +124,16 @@ def bwd(
         return dgate, dup, path.zero_()
     width = ROW_BYTES // gate.element_size()
     tile = _tile(tokens, neurons, width, 64)  # one partial for five tensors: 1.3 % of the bytes
-    slots = tile_slots(tokens, requests, tile)
+    slots, blocks = tile_slots(tokens, requests, tile), triton.cdiv(neurons, width)
     several = tokens > tile
     part_path = torch.empty(slots if several else 0, neurons, dtype=torch.float32, device=gate.device)
     offsets = offsets.contiguous()
-    glu_score_bwd_kernel[(slots * triton.cdiv(neurons, width),)](
+    glu_score_bwd_kernel[(slots * blocks,)](
         dh,
         gate,
         gate if up is None else up,
         offsets,
-        offsets if mask is None else mask,
+        offsets if mask is None else mask.contiguous(),
         into_gate,
         into_gate if into_up is None else into_up,
         path,
@@ -141,12 +141,12 @@ def bwd(
         tokens,
         requests,
         neurons,
+        blocks,
         dh.stride(0),
         gate.stride(0),
         0 if up is None else up.stride(0),
         into_gate.stride(0),
         0 if into_up is None else into_up.stride(0),
-        0 if mask is None else mask.stride(0),
         ACT=act,
         GATED=up is not None,
         MASKED=mask is not None,

@@ -23,9 +23,9 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, sums, PRECISION: tl.constexpr):
-    """sums + a b in fp32: tl.dot, but Triton's interpreter takes bf16 for integers there; their products fit fp32."""
+def dot(a, b, sums):
+    """sums + a b in fp32, of fp32 exactly: tl.dot, but the interpreter takes bf16 for integers; products fit fp32."""
     if _INTERPRETED and a.dtype == tl.bfloat16:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision=PRECISION)
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="ieee")
     else:
-        return tl.dot(a, b, sums, input_precision=PRECISION)
+        return tl.dot(a, b, sums, input_precision="ieee")

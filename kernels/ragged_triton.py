@@ -28,39 +28,42 @@ def searched(requests: int) -> int:
 
 
 @triton.jit
-def segment_start(offsets, segment, tokens, requests):
-    """The first token of a segment, or of each in a block; segment 0 is what lies before the first request."""
-    inside = (segment > 0) & (segment <= requests + 1)
-    start = tl.load(offsets + segment - 1, mask=inside, other=0)
-    start = tl.where(segment > requests + 1, tokens, start)
-    return tl.minimum(tl.maximum(start, 0), tokens)  # whatever the offsets hold, no token outside is touched
+def request_span(offsets, request, requests, tokens):
+    """-> the first token of a request, or of each in a block, and the number of its tokens; 0 past the last request."""
+    start = tl.load(offsets + request, mask=request < requests, other=0)
+    end = tl.load(offsets + request + 1, mask=request < requests, other=0)
+    start = tl.minimum(tl.maximum(start, 0), tokens)  # whatever the offsets hold, no token outside is touched
+    return start, tl.minimum(tl.maximum(end, start), tokens) - start
 
 
 @triton.jit
 def find_tile(offsets, slot, tokens, requests, BT: tl.constexpr, BR: tl.constexpr):
     """-> the segment that owns a slot, the slot's place in it, the segment's first token and the one after its last."""
-    before = tl.zeros([BR], dtype=tl.int32)
+    b_before = tl.zeros([BR], dtype=tl.int32)
     for i in range(0, requests + 2, BR):
         b_segment = i + tl.arange(0, BR)  # [BR]
-        b_first = segment_start(offsets, b_segment, tokens, requests) // BT + b_segment
-        before += ((b_first <= slot) & (b_segment < requests + 2)).to(tl.int32)
-    segment = tl.sum(before, 0) - 1
-    start = segment_start(offsets, segment, tokens, requests)
-    end = segment_start(offsets, segment + 1, tokens, requests)
+        b_start = tl.load(offsets + b_segment - 1, mask=(b_segment > 0) & (b_segment < requests + 2), other=0)
+        b_start = tl.minimum(tl.maximum(b_start, 0), tokens)
+        b_before += ((b_start // BT + b_segment <= slot) & (b_segment < requests + 2)).to(tl.int32)
+    segment = tl.sum(b_before, 0) - 1
+    start = tl.load(offsets + segment - 1, mask=segment > 0, other=0)
+    end = tl.load(offsets + segment, mask=segment <= requests, other=tokens)
+    start = tl.minimum(tl.maximum(start, 0), tokens)
+    end = tl.minimum(tl.maximum(end, start), tokens)
     return segment, slot - (start // BT + segment), start, end
 
 
 @triton.jit(do_not_specialize=["tokens", "requests"])
-def ragged_sum_kernel(partials, sums, offsets, tokens, requests, neurons, BT: tl.constexpr, BN: tl.constexpr,
-                      BD: tl.constexpr):  # fmt: skip
+def ragged_sum_kernel(
+    partials, sums, offsets, tokens, requests, neurons, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
+):
     """sums[r] = the partials of request r's tiles, in their order; requests of one tile have written theirs already."""
     request = tl.program_id(0)
     b_column = tl.program_id(1) * BD + tl.arange(0, BD)  # [BD]
-    start = segment_start(offsets, request + 1, tokens, requests)
-    end = segment_start(offsets, request + 2, tokens, requests)
-    tiles = tl.cdiv(end - start, BT)
-    if tiles <= 1:
+    start, length = request_span(offsets, request, requests, tokens)
+    if length <= BT:
         return
+    tiles = tl.cdiv(length, BT).to(tl.int32)
     first = start // BT + request + 1
     b_sum = tl.zeros([BN, BD], dtype=tl.float32)
     for i in range(0, tiles, BN):
