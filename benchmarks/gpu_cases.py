@@ -115,12 +115,12 @@ def share_of_the_ceiling(least: float) -> Target:
     return Target("share of the ceiling", lambda of: of[OURS].share if OURS in of else None, least=least, percent=True)
 
 
-def faster_than(words: str, rivals: tuple[str, ...], least: float) -> Target:
+def faster_than(words: str, rivals: tuple[str, ...], least: float, ours: str = OURS) -> Target:
     """How many times faster than the fastest of these providers."""
 
     def figure(of: dict[str, Result]) -> float | None:
         times = [result.y50 for name, result in of.items() if name in rivals]
-        return min(times) / of[OURS].y50 if times and OURS in of else None
+        return min(times) / of[ours].y50 if times and ours in of else None
 
     return Target(words, figure, least=least)
 

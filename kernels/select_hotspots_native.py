@@ -30,6 +30,25 @@ def select_hotspots(
         InputError: an argument is not as `reference` describes it, or on a device that is neither CPU nor CUDA.
         PKEError: the compiled part is missing, or has no CUDA.
     """
+    layer_ptr, neurons, nan_count = unread(scores, k, first, end, per_layer_cap, exclude, minimum)
+    chosen = int(layer_ptr.flatten()[-1]) if layer_ptr.numel() else 0
+    return Selected(layer_ptr, neurons if chosen == len(neurons) else neurons[:chosen].clone(), nan_count)
+
+
+def unread(
+    scores: Tensor,
+    k: int,
+    first: int,
+    end: int,
+    per_layer_cap: int = 0,
+    exclude: Tensor | None = None,
+    minimum: float = -math.inf,
+) -> Selected:
+    """The same without waiting for a GPU: `neurons` has room for k (R * k), and what is behind the last one is undefined.
+
+    Raises:
+        InputError, PKEError: as for `select_hotspots`.
+    """
     check(scores, k, first, end, per_layer_cap, exclude, minimum)
     device = scores.device
     if device.type not in ("cpu", "cuda"):
@@ -78,5 +97,4 @@ def select_hotspots(
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
             native.select_hotspots_cuda(query, dtype, result, scratch.data_ptr(), stream)
-    chosen = int(layer_ptr.flatten()[-1]) if rows.numel() else 0
-    return Selected(layer_ptr, neurons if chosen == len(neurons) else neurons[:chosen].clone(), nan_count)
+    return Selected(layer_ptr, neurons, nan_count)

@@ -25,6 +25,8 @@ from pke_fast.kernels.triton_parts import interpreted, on_device_of
 PROGRAMS = 256  # wanted in a product: two for each of some 130 SMs. No card is asked, or bits would depend on it
 LEAST_TOKENS = 256  # of a split: below, its fp32 partials move more bytes than the part of grad_out that it reads
 MOST_SPLITS = 16
+# a thread's own limit, said aloud: unasked, ptxas spills a register or two where one more block a multiprocessor then fits
+MOST_REGISTERS = 255
 
 
 class Tile(NamedTuple):
@@ -197,7 +199,7 @@ def step(
             weight, neurons.contiguous(), *state.values(), grad_out, h, len(grad_out), n, h.shape[1], d,
             weight.shape[axis], weight.stride(1 - axis), weight.stride(axis), grad_out.stride(0), h.stride(0), **adam,
             BT=tile.BT, BN=tile.BN, BD=tile.BD, WIDE=_wide(grad_out), INTERPRETED=interpreted(weight),
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=MOST_REGISTERS,
         )  # fmt: skip
 
 
