@@ -2,10 +2,14 @@
 // them while the call runs. The GIL is released. This is the only file that may include pybind11: its headers lie
 // elsewhere at every isolated build, and what includes them is compiled again.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
+#include <tuple>
 #include <utility>
+#include <vector>
 
+#include "column_grad_norm.h"
 #include "glu_score.h"
 #include "select_hotspots.h"
 #include "sparse_columns.h"
@@ -150,6 +154,23 @@ void glu_score_bwd(int type, int act, std::int64_t tokens, std::int64_t neurons,
                             matrix(up), output(dgate), output(dup), pointer<float>(path), threads);
 }
 
+// requests: (first, tokens, address of the Gram matrix, address of the norms) each.
+void gram_norms(const std::vector<std::tuple<std::int64_t, std::int64_t, std::uintptr_t, std::uintptr_t>>& requests,
+                std::uintptr_t h, std::int64_t stride, int type, std::int64_t neurons, std::size_t threads) {
+    py::gil_scoped_release released;
+    std::vector<pke_fast::GramRequest> grams;
+    for (const auto& [first, tokens, gram, norms] : requests)
+        grams.push_back({first, tokens, pointer<const float>(gram), pointer<float>(norms)});
+    pke_fast::gram_norms(grams.data(), grams.size(), pointer<const void>(h), stride, static_cast<pke_fast::Dtype>(type),
+                         neurons, threads);
+}
+
+void column_norms(std::uintptr_t product, std::int64_t rows, std::int64_t columns, std::uintptr_t norms,
+                  std::size_t threads) {
+    py::gil_scoped_release released;
+    pke_fast::column_norms(pointer<const float>(product), rows, columns, pointer<float>(norms), threads);
+}
+
 void bind_glu_score(py::module_& module) {
     module.def("glu_score_fwd", &glu_score_fwd, "See glu_score.h. An address of 0: there is none.", py::arg("type"),
                py::arg("act"), py::arg("tokens"), py::arg("neurons"), py::arg("requests"), py::arg("offsets"),
@@ -159,6 +180,13 @@ void bind_glu_score(py::module_& module) {
                py::arg("act"), py::arg("tokens"), py::arg("neurons"), py::arg("requests"), py::arg("offsets"),
                py::arg("mask"), py::arg("dh"), py::arg("gate"), py::arg("up"), py::arg("dgate"), py::arg("dup"),
                py::arg("path"), py::arg("threads"));
+}
+
+void bind_column_grad_norm(py::module_& module) {
+    module.def("gram_norms", &gram_norms, "Norms from Gram matrices. See column_grad_norm.h.", py::arg("requests"),
+               py::arg("h"), py::arg("stride"), py::arg("type"), py::arg("neurons"), py::arg("threads"));
+    module.def("column_norms", &column_norms, "Norms of a product's columns. See column_grad_norm.h.",
+               py::arg("product"), py::arg("rows"), py::arg("columns"), py::arg("norms"), py::arg("threads"));
 }
 
 }  // namespace
@@ -171,6 +199,7 @@ PYBIND11_MODULE(_native, module) {
 #endif
     module.attr("cuda_architectures") = architectures;
     bind_glu_score(module);
+    bind_column_grad_norm(module);
     bind_select_hotspots(module);
     bind_sparse_columns(module);
 }

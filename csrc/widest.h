@@ -20,10 +20,10 @@
 #endif
 
 // For what such a function calls: only what is inlined into it is compiled for its processors.
-#ifdef _MSC_VER
-#define PKE_FAST_INLINE __forceinline
+#if defined(__GNUC__)
+#define PKE_FAST_INLINE inline __attribute__((always_inline))
 #else
-#define PKE_FAST_INLINE __attribute__((always_inline)) inline
+#define PKE_FAST_INLINE inline
 #endif
 
 namespace pke_fast {

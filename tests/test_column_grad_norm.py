@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pke_fast.choice import using
 from pke_fast.errors import InputError
-from pke_fast.kernels import column_grad_norm
+from pke_fast.kernels import column_grad_norm, column_grad_norm_native
 from pke_fast.proving import assert_as_accurate, poisoned_memory
 
 pytestmark = pytest.mark.op("column_grad_norm")
@@ -108,6 +108,39 @@ def test_same_bits_every_time(form) -> None:
     assert all(torch.equal(run(form, *inputs), first) for _ in range(2))
 
 
+def test_in_mixed_precision(form) -> None:
+    """Under autocast the output, and so its gradient, is shorter than what came in."""
+    grad, h = normal(40, 24, dtype=torch.bfloat16), normal(40, 50, seed=1)
+    torch.testing.assert_close(run(form, grad, h, [0, 10, 40]), run(form, grad.float(), h, [0, 10, 40]))
+
+
+@pytest.mark.parametrize("tokens", [*range(1, 14), 90])  # register tiles of six tokens, and what is left over
+def test_native_in_every_tile(tokens, monkeypatch) -> None:
+    monkeypatch.setattr(column_grad_norm_native, "BLOCK_ELEMENTS", 500)  # several groups, several parts
+    grad, h = normal(3 * tokens, 700), normal(3 * tokens, 131, seed=1)
+    offsets = [0, tokens, 2 * tokens, 3 * tokens]
+    truth = plain(grad.double(), h.double(), offsets)
+    with using("native"):
+        norms = torch.ops.pke_fast.column_grad_norm(grad, h, torch.tensor(offsets))
+    assert_as_accurate(norms, plain(grad, h, offsets), truth)
+
+
+def test_native_is_independent_of_the_thread_count(monkeypatch) -> None:
+    """Less the products, which are torch's."""
+    grad, h, offsets = normal(200, 96), normal(200, 1500, seed=1), [0, 50, 120, 200]
+    grams = {b - a: grad[a:b] @ grad[a:b].T for a, b in pairwise(offsets)}
+    monkeypatch.setattr(column_grad_norm_native, "_gram", lambda g: grams[len(g)])
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            with using("native"):
+                results.append(torch.ops.pke_fast.column_grad_norm(grad, h, torch.tensor(offsets)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(other, results[0]) for other in results[1:])
+
+
 @pytest.mark.parametrize("backend", ["native", "triton"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels are compiled for the GPU here")
 @pytest.mark.parametrize(
@@ -117,6 +150,8 @@ def test_same_bits_every_time(form) -> None:
         ({"grad_out": torch.zeros(4)}, "grad_out"),
         ({"h": torch.zeros(4, 5, dtype=torch.float64)}, "fp32, bf16 or fp16"),
         ({"h": torch.zeros(4)}, "h"),
+        ({"h": torch.zeros(4)}, "h"),
+        ({"h": torch.zeros(4, 5, dtype=torch.float64)}, "fp32, bf16 or fp16"),
         ({"offsets": torch.tensor([0, 4], dtype=torch.int32)}, "offsets"),
     ],
 )
@@ -124,3 +159,11 @@ def test_bad_arguments(backend, change, message) -> None:
     arguments = {"grad_out": torch.zeros(4, 6), "h": torch.zeros(4, 5), "offsets": torch.tensor([0, 4]), **change}
     with using(backend), pytest.raises(InputError, match=message):
         torch.ops.pke_fast.column_grad_norm(*arguments.values())
+    usual = {"grad_out": torch.zeros(4, 6), "h": torch.zeros(4, 5), "offsets": torch.tensor([0, 4])}
+    with using(backend), pytest.raises(InputError, match=message):
+        torch.ops.pke_fast.column_grad_norm(*{**usual, **change}.values())
+
+
+def test_native_refuses_offsets_that_lead_elsewhere() -> None:
+    with using("native"), pytest.raises(InputError, match="offsets"):
+        torch.ops.pke_fast.column_grad_norm(torch.zeros(4, 6), torch.zeros(4, 5), torch.tensor([0, 5]))

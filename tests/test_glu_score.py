@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
+from math import inf, pi
 
 import pytest
 import torch
@@ -17,6 +19,14 @@ pytestmark = pytest.mark.op("glu_score_fwd")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OFFSETS = [0, 3, 3, 8]  # three requests, one of them empty; tokens after them belong to none
+
+
+@dataclass(frozen=True)
+class Form:
+    """As the fixture `form`, for tests of one form alone."""
+
+    backend: str
+    device: str
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -189,6 +199,65 @@ def test_native_is_independent_of_the_thread_count() -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_native_where_tiles_end(dtype) -> None:
+    """Several blocks of neurons and ranges of tokens, the last ones short; results big enough for huge pages."""
+    for tokens, neurons in ((66, 2049), (130, 20000)):
+        with using("native"):
+            check(Form("native", "cpu"), tokens, neurons, "silu", True, dtype, [1, 65, tokens])
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_native_has_no_nan_but_from_nan(act) -> None:
+    """Values and slopes have their limits where they exist; the curve between them is fp64's."""
+    ends = torch.tensor([inf, -inf, 1e38, -1e38, 1e4, -1e4, 100, -100, 14, -14, 1e-40, -1e-40, 0.0, -0.0])
+    gate = torch.cat([ends, torch.linspace(-20, 20, 1001)])[None]
+    x = gate.double().clamp(-2e38, 2e38).requires_grad_()
+    plainly = {  # without the cancellation of 1 + erf and 1 + tanh
+        "silu": x * x.sigmoid(),
+        "gelu": x * torch.special.erfc(-x * 0.5**0.5) / 2,
+        "gelu_tanh": x * ((8 / pi) ** 0.5 * (x + 0.044715 * x**3)).sigmoid(),
+    }
+    value = plainly.get(act, ACTIVATIONS[act](x))
+    value.sum().backward()
+    with using("native"):
+        h = torch.ops.pke_fast.glu_score_fwd(gate, None, act, torch.tensor([0, 1]))[0]
+        slope = torch.ops.pke_fast.glu_score_bwd(torch.ones_like(gate), gate, None, act, torch.tensor([0, 1]))[0]
+    wanted = value.detach().float()
+    wanted[gate == inf] = inf
+    torch.testing.assert_close(h, wanted, rtol=2e-5 if act == "gelu_tanh" else 6e-7, atol=2e-36)
+    finite = gate.abs() < 1e5  # what the fp64 formula makes of 1e38 squared is no yardstick
+    torch.testing.assert_close(slope[finite], x.grad.float()[finite], rtol=1e-6, atol=3e-7)
+    assert not slope.isnan().any()
+    assert slope[0, 1] == slope[0, 3] == 0
+
+
+def test_native_keeps_nan() -> None:
+    gate = normal(70, 40)
+    gate[3, 7] = torch.nan
+    for offsets in ([0, 10, 70], [0, 70]):
+        results = {}
+        for backend in ("native", "reference"):
+            with using(backend):
+                results[backend] = torch.ops.pke_fast.glu_score_fwd(gate, None, "silu", torch.tensor(offsets))
+        torch.testing.assert_close(results["native"], results["reference"], equal_nan=True)
+        assert results["native"][2].isnan().sum() == 1
+
+
+@pytest.mark.parametrize("offsets", [[0, 5], [-1, 4], [0, 3, 2, 4]])
+def test_native_refuses_offsets_that_lead_elsewhere(offsets) -> None:
+    with using("native"), pytest.raises(InputError, match="offsets"):
+        torch.ops.pke_fast.glu_score_fwd(torch.zeros(4, 5), None, "silu", torch.tensor(offsets))
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels are compiled for the GPU here")
+@pytest.mark.parametrize("dh", [torch.zeros(4, 6), torch.zeros(4, 5, dtype=torch.bfloat16)])
+def test_bad_gradient(backend, dh) -> None:
+    with using(backend), pytest.raises(InputError, match="dh"):
+        torch.ops.pke_fast.glu_score_bwd(dh, torch.zeros(4, 5), None, "silu", torch.tensor([0, 4]))
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
