@@ -17,6 +17,7 @@ from pke_fast.kernels.ragged_triton import ragged_sum, searched, sum_blocks, til
 
 ROW_BYTES = 512  # of a row in one program: a warp reads it with one 16-byte load a thread
 SUBTILE = 8  # tokens at a time: with 4 warps, two 16-byte loads in flight for each thread and tensor
+MOST_REGISTERS = 128  # a thread: four programs on a multiprocessor; without a limit ptxas aims higher, and spills
 FEW = 512  # programs that are too few to fill a GPU: then the tiles are shorter
 
 
@@ -76,6 +77,7 @@ def fwd(
         BR=searched(requests),
         num_warps=4,
         num_stages=1,
+        maxnreg=MOST_REGISTERS,
     )
     if several and requests:
         rows, width = sum_blocks(requests, neurons)
@@ -157,6 +159,7 @@ def bwd(
         BR=searched(requests),
         num_warps=4,
         num_stages=1,
+        maxnreg=MOST_REGISTERS,
     )
     if several and requests:
         ragged_sum(part_path, path, offsets, tokens, tile)
