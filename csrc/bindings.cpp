@@ -44,14 +44,10 @@ void bind_select_hotspots(py::module_& module) {
     module.def("select_hotspots", &pke_fast::select_hotspots, "On the CPU, fp32. See select_hotspots.h.",
                py::call_guard<py::gil_scoped_release>(), py::arg("query"), py::arg("result"));
 #ifdef PKE_FAST_CUDA
-    py::enum_<pke_fast::ScoreFormat>(module, "ScoreFormat")
-        .value("float32", pke_fast::ScoreFormat::kFloat32)
-        .value("bfloat16", pke_fast::ScoreFormat::kBFloat16)
-        .value("float16", pke_fast::ScoreFormat::kFloat16);
     module.def("hotspot_scratch_size", &pke_fast::hotspot_scratch_size, "In bytes.", py::arg("query"));
     module.def(
         "select_hotspots_cuda",
-        [](const pke_fast::HotspotQuery& asked, pke_fast::ScoreFormat format, const pke_fast::HotspotResult& to,
+        [](const pke_fast::HotspotQuery& asked, pke_fast::Dtype format, const pke_fast::HotspotResult& to,
            std::uintptr_t scratch, std::uintptr_t stream) {
             pke_fast::select_hotspots_cuda(asked, format, to, pointer<void>(scratch), pointer<void>(stream));
         },
@@ -105,10 +101,6 @@ void write_columns(const pke_fast::Columns& columns, std::uintptr_t values, std:
 }
 
 void bind_sparse_columns(py::module_& module) {
-    py::enum_<pke_fast::Dtype>(module, "Dtype")
-        .value("fp32", pke_fast::Dtype::fp32)
-        .value("bf16", pke_fast::Dtype::bf16)
-        .value("fp16", pke_fast::Dtype::fp16);
     py::class_<pke_fast::Columns>(module, "Columns", "Selected neurons of a weight. See sparse_columns.h.")
         .def(py::init(&columns), py::arg("weight"), py::arg("dtype"), py::arg("hidden"), py::arg("neuron_stride"),
              py::arg("hidden_stride"), py::arg("neurons"), py::arg("n"));
@@ -125,9 +117,9 @@ void bind_sparse_columns(py::module_& module) {
                py::arg("value_stride"), py::arg("values_are_fp32"), py::arg("threads"));
 }
 
-pke_fast::GluShape glu_shape(int type, int act, std::int64_t tokens, std::int64_t neurons, std::int64_t requests,
+pke_fast::GluShape glu_shape(pke_fast::Dtype type, int act, std::int64_t tokens, std::int64_t neurons, std::int64_t requests,
                              std::uintptr_t offsets, std::uintptr_t mask) {
-    return {static_cast<pke_fast::Dtype>(type),   static_cast<pke_fast::Activation>(act), tokens, neurons, requests,
+    return {type,                                 static_cast<pke_fast::Activation>(act), tokens, neurons, requests,
             pointer<const std::int64_t>(offsets), pointer<const std::uint8_t>(mask)};
 }
 
@@ -138,7 +130,7 @@ pke_fast::Matrix matrix(Strided tensor) { return {pointer<const void>(tensor.fir
 
 pke_fast::OutputMatrix output(Strided tensor) { return {pointer<void>(tensor.first), tensor.second}; }
 
-void glu_score_fwd(int type, int act, std::int64_t tokens, std::int64_t neurons, std::int64_t requests,
+void glu_score_fwd(pke_fast::Dtype type, int act, std::int64_t tokens, std::int64_t neurons, std::int64_t requests,
                    std::uintptr_t offsets, std::uintptr_t mask, Strided gate, Strided up, Strided h,
                    std::uintptr_t mean, std::uintptr_t peak, std::size_t threads) {
     py::gil_scoped_release released;
@@ -146,7 +138,7 @@ void glu_score_fwd(int type, int act, std::int64_t tokens, std::int64_t neurons,
                             output(h), pointer<float>(mean), pointer<float>(peak), threads);
 }
 
-void glu_score_bwd(int type, int act, std::int64_t tokens, std::int64_t neurons, std::int64_t requests,
+void glu_score_bwd(pke_fast::Dtype type, int act, std::int64_t tokens, std::int64_t neurons, std::int64_t requests,
                    std::uintptr_t offsets, std::uintptr_t mask, Strided dh, Strided gate, Strided up, Strided dgate,
                    Strided dup, std::uintptr_t path, std::size_t threads) {
     py::gil_scoped_release released;
@@ -156,12 +148,12 @@ void glu_score_bwd(int type, int act, std::int64_t tokens, std::int64_t neurons,
 
 // requests: (first, tokens, address of the Gram matrix, address of the norms) each.
 void gram_norms(const std::vector<std::tuple<std::int64_t, std::int64_t, std::uintptr_t, std::uintptr_t>>& requests,
-                std::uintptr_t h, std::int64_t stride, int type, std::int64_t neurons, std::size_t threads) {
+                std::uintptr_t h, std::int64_t stride, pke_fast::Dtype type, std::int64_t neurons, std::size_t threads) {
     py::gil_scoped_release released;
     std::vector<pke_fast::GramRequest> grams;
     for (const auto& [first, tokens, gram, norms] : requests)
         grams.push_back({first, tokens, pointer<const float>(gram), pointer<float>(norms)});
-    pke_fast::gram_norms(grams.data(), grams.size(), pointer<const void>(h), stride, static_cast<pke_fast::Dtype>(type),
+    pke_fast::gram_norms(grams.data(), grams.size(), pointer<const void>(h), stride, type,
                          neurons, threads);
 }
 
@@ -198,6 +190,10 @@ PYBIND11_MODULE(_native, module) {
     for (int number : {PKE_FAST_CUDA}) architectures.append("sm_" + std::to_string(number));
 #endif
     module.attr("cuda_architectures") = architectures;
+    py::enum_<pke_fast::Dtype>(module, "Dtype")
+        .value("fp32", pke_fast::Dtype::fp32)
+        .value("bf16", pke_fast::Dtype::bf16)
+        .value("fp16", pke_fast::Dtype::fp16);
     bind_glu_score(module);
     bind_column_grad_norm(module);
     bind_select_hotspots(module);

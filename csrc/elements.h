@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "float16.h"
+#include "dtypes.h"
 #include "widest.h"
 
 namespace pke_fast {

@@ -135,7 +135,7 @@ std::size_t hotspot_scratch_size(const HotspotQuery& query) {
     return sizes.blocks ? Scratch(query, sizes, nullptr).size : 0;
 }
 
-void select_hotspots_cuda(const HotspotQuery& query, ScoreFormat format, const HotspotResult& result, void* scratch,
+void select_hotspots_cuda(const HotspotQuery& query, Dtype format, const HotspotResult& result, void* scratch,
                           void* stream) {
     const Sizes sizes(query);
     const auto on = static_cast<cudaStream_t>(stream);
@@ -148,11 +148,11 @@ void select_hotspots_cuda(const HotspotQuery& query, ScoreFormat format, const H
         return;
     }
     switch (format) {
-        case ScoreFormat::kFloat32:
+        case Dtype::fp32:
             return run<Float32>(query, result, sizes, scratch, on);
-        case ScoreFormat::kBFloat16:
+        case Dtype::bf16:
             return run<BFloat16>(query, result, sizes, scratch, on);
-        case ScoreFormat::kFloat16:
+        case Dtype::fp16:
             return run<Float16>(query, result, sizes, scratch, on);
     }
     throw std::invalid_argument("select_hotspots: unknown format of scores");

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "dtypes.h"
+
 namespace pke_fast {
 
 struct HotspotQuery {
@@ -36,7 +38,6 @@ struct HotspotResult {
 void select_hotspots(const HotspotQuery& query, const HotspotResult& result);
 
 #ifdef PKE_FAST_CUDA
-enum class ScoreFormat { kFloat32, kBFloat16, kFloat16 };
 
 // The bytes of device memory that select_hotspots_cuda needs for a query of these sizes. Throws std::invalid_argument
 // where they are beyond what the kernels can count: 2^32 scores a row, 2^31 tiles.
@@ -44,7 +45,7 @@ std::size_t hotspot_scratch_size(const HotspotQuery& query);
 
 // On the current device; all pointers are device memory. Puts the work on `stream` and returns without waiting for it.
 // The scratch needs an alignment of 16 and no content. Throws std::runtime_error with CUDA's own text.
-void select_hotspots_cuda(const HotspotQuery& query, ScoreFormat format, const HotspotResult& result, void* scratch,
+void select_hotspots_cuda(const HotspotQuery& query, Dtype format, const HotspotResult& result, void* scratch,
                           void* stream);
 #endif
 

@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "float16.h"
+#include "dtypes.h"
 
 namespace pke_fast {
 

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "float16.h"
+#include "dtypes.h"
 #include "widest.h"
 
 namespace pke_fast {

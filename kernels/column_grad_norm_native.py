@@ -9,8 +9,7 @@ from torch import Tensor
 
 from pke_fast.kernels.checks import require, spans_within, with_dense_rows
 from pke_fast.kernels.column_grad_norm import OP, check_arguments, gram_is_cheaper
-from pke_fast.kernels.glu_score_native import TYPES
-from pke_fast.native import library
+from pke_fast.native import dtype_of, library
 
 BLOCK_ELEMENTS = 1 << 20  # of an intermediate, fp32: 4 MiB, which stay in the caches
 
@@ -53,7 +52,7 @@ def _by_gram(grad_out: Tensor, h: Tensor, group: list[tuple[int, int, int]], nor
         requests=requests,
         h=h.data_ptr(),
         stride=h.stride(0),
-        type=TYPES[h.dtype],
+        type=dtype_of(h),
         neurons=h.shape[1],
         threads=torch.get_num_threads(),
     )

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from pke_fast.kernels.checks import with_dense_rows
 from pke_fast.kernels.column_grad_norm import check_arguments
-from pke_fast.kernels.column_grad_norm_kernels_triton import (
+from pke_fast.kernels.column_grad_norm_triton_kernels import (
     column_grad_norm_direct_kernel,
     column_grad_norm_gram_kernel,
     column_grad_norm_gram_sum_kernel,
     column_grad_norm_root_kernel,
     column_grad_norm_tile_kernel,
 )
-from pke_fast.kernels.ragged_triton import searched, sum_blocks, tile_slots
+from pke_fast.kernels.triton_ragged import searched, sum_blocks, tile_slots
 
 ENOUGH = 256  # programs that keep a GPU busy: K's sums are split over the hidden size until there are as many
 MOST_PARTS = 16

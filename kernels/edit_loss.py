@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pke_fast.kernels.checks import require, same_device
+from pke_fast.kernels.checks import FLOATS, require, same_device
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK_ELEMENTS = 1 << 22  # fp32 logits alive at once: 16 MiB, so [T, V] never exists
 
 
@@ -78,7 +77,7 @@ def check_arguments(
     op = "edit_loss"
     same_device(op, hidden=hidden, head=head, bias=bias, targets=targets, base_hidden=base_hidden, weights=weights)
     require(hidden.dim() == 2, op, "hidden", "[N, d]", list(hidden.shape))
-    require(hidden.dtype in DTYPES, op, "hidden", "fp32, bf16 or fp16", hidden.dtype)
+    require(hidden.dtype in FLOATS, op, "hidden", "fp32, bf16 or fp16", hidden.dtype)
     n, d = hidden.shape
     require(head.dim() == 2 and head.shape[1] == d and len(head) > 0, op, "head", f"[V, d = {d}]", list(head.shape))
     vocabulary = len(head)

@@ -23,7 +23,6 @@ from pke_fast.kernels.edit_loss_triton_kernels import (
     edit_loss_kl_last_fwd_kernel,
     edit_loss_kl_stats_fwd_kernel,
 )
-from pke_fast.kernels.triton_parts import interpreted, on_device_of
 
 LOGITS = 1 << 24  # alive at once, of both sides: 32 MiB in bf16, and matmuls of at least 4096 columns
 ROWS = 2048  # positions at a time
@@ -73,7 +72,7 @@ class _Sweep:
         self.scaling = (scale, cap)
         block = min(1024, triton.next_power_of_2(self.d))
         self.over_hidden = (rows, triton.cdiv(self.d, block))
-        common = {"INTERPRETED": interpreted(hidden), "num_stages": 1}
+        common = {"num_stages": 1}
         self.on_logits = {"CAPPED": cap != 0, "BV": tile, "num_warps": 8 if tile > 1024 else 4, **common}
         self.on_hidden = {"BD": block, "TILES": triton.next_power_of_2(self.tiles), "num_warps": 4, **common}
         self.summed = 0  # chunks that `acc` holds
@@ -175,13 +174,12 @@ def edit_loss(
     check_arguments(hidden, head, bias, targets, base_hidden, weights, soft_cap)
     losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     grad = torch.empty_like(hidden)
-    with on_device_of(hidden):
-        for start in range(0, len(hidden), ROWS):
-            part = slice(start, start + ROWS)
-            rows, of_rows, out = hidden[part], weights[part].contiguous(), (losses[part], grad[part])
-            sweep = _Sweep(rows, head, bias, scale, soft_cap, 1 if base_hidden is None else 2)
-            if targets is not None:
-                _cross_entropy(sweep, rows, targets[part].contiguous(), of_rows, out)
-            elif base_hidden is not None:
-                _divergence(sweep, rows, base_hidden[part], of_rows, out)
+    for start in range(0, len(hidden), ROWS):
+        part = slice(start, start + ROWS)
+        rows, of_rows, out = hidden[part], weights[part].contiguous(), (losses[part], grad[part])
+        sweep = _Sweep(rows, head, bias, scale, soft_cap, 1 if base_hidden is None else 2)
+        if targets is not None:
+            _cross_entropy(sweep, rows, targets[part].contiguous(), of_rows, out)
+        elif base_hidden is not None:
+            _divergence(sweep, rows, base_hidden[part], of_rows, out)
     return losses, grad

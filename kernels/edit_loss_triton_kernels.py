@@ -40,9 +40,9 @@ def _log1p(b_x):
 
 
 @triton.jit
-def _logits(b_raw, scale, cap, CAPPED: tl.constexpr, INTERPRETED: tl.constexpr):
+def _logits(b_raw, scale, cap, CAPPED: tl.constexpr):
     """What `edit_loss.logits_of` makes of the matmul's result."""
-    b_l = widened(b_raw, INTERPRETED) * scale
+    b_l = widened(b_raw) * scale
     if CAPPED:
         b_l = _tanh(b_l / cap) * cap
     return b_l
@@ -75,7 +75,7 @@ def _total(peaks, sums, end, TILES: tl.constexpr):
 @triton.jit(do_not_specialize=["first", "width", "tile_0"])  # one compilation for all chunks
 def edit_loss_ce_stats_fwd_kernel(
     logits, targets, target_logits, partials, stride_l, first, width, padded, tile_0, tiles, scale, cap,
-    CAPPED: tl.constexpr, BV: tl.constexpr, INTERPRETED: tl.constexpr,
+    CAPPED: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Maximum and sum of exponentials of one tile, the target left out; the target's logit by itself.
 
@@ -86,7 +86,7 @@ def edit_loss_ce_stats_fwd_kernel(
     b_v = tile * BV + tl.arange(0, BV)
     mine = tl.load(targets + row) - first
     b_raw = tl.load(logits + row * stride_l + b_v, mask=b_v < padded, other=0.0)  # [BV]
-    b_l = _logits(b_raw, scale, cap, CAPPED, INTERPRETED)
+    b_l = _logits(b_raw, scale, cap, CAPPED)
     b_l = tl.where((b_v < width) & (b_v != mine), b_l, float("-inf"))
     peak = tl.max(b_l, 0)
     p_tile = partials + row * tiles + tile_0 + tile
@@ -94,13 +94,13 @@ def edit_loss_ce_stats_fwd_kernel(
     tl.store(p_tile + tl.num_programs(0).to(tl.int64) * tiles, tl.sum(tl.exp(b_l - _finite(peak)), 0))
     here = (mine >= tile * BV) & (mine < tile * BV + BV) & (mine < width)
     target = tl.load(logits + row * stride_l + mine, mask=here, other=0.0)
-    tl.store(target_logits + row, _logits(target, scale, cap, CAPPED, INTERPRETED), mask=here)
+    tl.store(target_logits + row, _logits(target, scale, cap, CAPPED), mask=here)
 
 
 @triton.jit(do_not_specialize=["first", "width", "end"])
 def edit_loss_ce_probs_fwd_kernel(
     logits, targets, partials, stride_l, first, width, padded, end, tiles, scale, cap,
-    CAPPED: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr, INTERPRETED: tl.constexpr,
+    CAPPED: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """In place of the logits: probabilities among all but the target in the first `end` tiles, sloped, times GAIN."""
     row = tl.program_id(0).to(tl.int64)
@@ -109,16 +109,16 @@ def edit_loss_ce_probs_fwd_kernel(
     peak, total = _total(p_peaks, p_peaks + tl.num_programs(0).to(tl.int64) * tiles, end, TILES)
     mine = tl.load(targets + row) - first
     p_l = logits + row * stride_l + b_v
-    b_l = _logits(tl.load(p_l, mask=b_v < padded, other=0.0), scale, cap, CAPPED, INTERPRETED)  # [BV]
+    b_l = _logits(tl.load(p_l, mask=b_v < padded, other=0.0), scale, cap, CAPPED)  # [BV]
     b_p = tl.exp(b_l - _finite(peak)) * (GAIN / tl.where(total == 0.0, 1.0, total))
     b_p = tl.where((b_v < width) & (b_v != mine), _sloped(b_p, b_l, cap, CAPPED), 0.0)
-    tl.store(p_l, rounded(b_p, logits.dtype.element_ty, INTERPRETED), mask=b_v < padded)
+    tl.store(p_l, rounded(b_p, logits.dtype.element_ty), mask=b_v < padded)
 
 
 @triton.jit(do_not_specialize=["width", "tile_0"])
 def edit_loss_kl_stats_fwd_kernel(
     logits, base_logits, partials, stride_l, width, padded, tile_0, tiles, scale, cap,
-    CAPPED: tl.constexpr, BV: tl.constexpr, INTERPRETED: tl.constexpr,
+    CAPPED: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Of one tile: both sides' maximum and sum of exponentials, and the sum of exp(base) * (base - logit)."""
     row = tl.program_id(0).to(tl.int64)
@@ -126,8 +126,8 @@ def edit_loss_kl_stats_fwd_kernel(
     b_v = tile * BV + tl.arange(0, BV)
     at = row * stride_l + b_v
     b_in = b_v < width
-    b_l = _logits(tl.load(logits + at, mask=b_v < padded, other=0.0), scale, cap, CAPPED, INTERPRETED)  # [BV]
-    b_b = _logits(tl.load(base_logits + at, mask=b_v < padded, other=0.0), scale, cap, CAPPED, INTERPRETED)
+    b_l = _logits(tl.load(logits + at, mask=b_v < padded, other=0.0), scale, cap, CAPPED)  # [BV]
+    b_b = _logits(tl.load(base_logits + at, mask=b_v < padded, other=0.0), scale, cap, CAPPED)
     peak_l = tl.max(tl.where(b_in, b_l, float("-inf")), 0)
     peak_b = tl.max(tl.where(b_in, b_b, float("-inf")), 0)
     b_e = tl.where(b_in, tl.exp(b_l - _finite(peak_l)), 0.0)
@@ -144,7 +144,7 @@ def edit_loss_kl_stats_fwd_kernel(
 @triton.jit(do_not_specialize=["width"])
 def edit_loss_kl_diff_fwd_kernel(
     logits, base_logits, partials, stride_l, width, padded, tiles, scale, cap,
-    CAPPED: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr, INTERPRETED: tl.constexpr,
+    CAPPED: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """In place of the logits: (p - p_base) * slope * GAIN, rounded after the difference is taken."""
     row = tl.program_id(0).to(tl.int64)
@@ -154,20 +154,20 @@ def edit_loss_kl_diff_fwd_kernel(
     peak_l, total_l = _total(p_sums, p_sums + plane, tiles, TILES)
     peak_b, total_b = _total(p_sums + 2 * plane, p_sums + 3 * plane, tiles, TILES)
     at = row * stride_l + b_v
-    b_l = _logits(tl.load(logits + at, mask=b_v < padded, other=0.0), scale, cap, CAPPED, INTERPRETED)  # [BV]
-    b_b = _logits(tl.load(base_logits + at, mask=b_v < padded, other=0.0), scale, cap, CAPPED, INTERPRETED)
+    b_l = _logits(tl.load(logits + at, mask=b_v < padded, other=0.0), scale, cap, CAPPED)  # [BV]
+    b_b = _logits(tl.load(base_logits + at, mask=b_v < padded, other=0.0), scale, cap, CAPPED)
     b_d = tl.exp(b_l - _finite(peak_l)) * (GAIN / total_l) - tl.exp(b_b - _finite(peak_b)) * (GAIN / total_b)
     b_d = tl.where(b_v < width, _sloped(b_d, b_l, cap, CAPPED), 0.0)
-    tl.store(logits + at, rounded(b_d, logits.dtype.element_ty, INTERPRETED), mask=b_v < padded)
+    tl.store(logits + at, rounded(b_d, logits.dtype.element_ty), mask=b_v < padded)
 
 
 @triton.jit
 def _gathered(
     part, acc, partials, row, at, b_in, before, end, tiles,
-    KEPT: tl.constexpr, RESCALED: tl.constexpr, TILES: tl.constexpr, INTERPRETED: tl.constexpr,
+    KEPT: tl.constexpr, RESCALED: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """The chunk's product plus, if any is KEPT, that of the chunks before: RESCALED from their total to the new one."""
-    b_a = widened(tl.load(part + at, mask=b_in, other=0.0), INTERPRETED)  # [BD]
+    b_a = widened(tl.load(part + at, mask=b_in, other=0.0))  # [BD]
     if KEPT:
         b_old = tl.load(acc + at, mask=b_in, other=0.0)
         if RESCALED:
@@ -183,14 +183,14 @@ def _gathered(
 @triton.jit(do_not_specialize=["before", "end"])
 def edit_loss_add_fwd_kernel(
     part, acc, partials, d, before, end, tiles,
-    KEPT: tl.constexpr, RESCALED: tl.constexpr, TILES: tl.constexpr, BD: tl.constexpr, INTERPRETED: tl.constexpr,
+    KEPT: tl.constexpr, RESCALED: tl.constexpr, TILES: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """acc fp32 [N, d]: the chunk's product in the model's dtype is added to those before."""
     row = tl.program_id(0).to(tl.int64)
     b_d = tl.program_id(1) * BD + tl.arange(0, BD)
     at, b_in = row * d + b_d, b_d < d
     b_a = _gathered(
-        part, acc, partials, row, at, b_in, before, end, tiles, KEPT, RESCALED, TILES, INTERPRETED
+        part, acc, partials, row, at, b_in, before, end, tiles, KEPT, RESCALED, TILES
     )  # fmt: skip
     tl.store(acc + at, b_a, mask=b_in)
 
@@ -199,7 +199,7 @@ def edit_loss_add_fwd_kernel(
 def edit_loss_ce_last_fwd_kernel(
     part, acc, partials, head, targets, target_logits, weights, losses, grad, d,
     stride_v, stride_h, stride_g, stride_gd, before, tiles, vocabulary, scale, cap,
-    CAPPED: tl.constexpr, KEPT: tl.constexpr, TILES: tl.constexpr, BD: tl.constexpr, INTERPRETED: tl.constexpr,
+    CAPPED: tl.constexpr, KEPT: tl.constexpr, TILES: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Loss and gradient, from the others' mean of the head and the target's own row of it.
 
@@ -210,7 +210,7 @@ def edit_loss_ce_last_fwd_kernel(
     b_d = tl.program_id(1) * BD + tl.arange(0, BD)
     at, b_in = row * d + b_d, b_d < d
     b_a = _gathered(
-        part, acc, partials, row, at, b_in, before, tiles, tiles, KEPT, True, TILES, INTERPRETED
+        part, acc, partials, row, at, b_in, before, tiles, tiles, KEPT, True, TILES
     )  # fmt: skip
     p_peaks = partials + row * tiles
     peak, total = _total(p_peaks, p_peaks + tl.num_programs(0).to(tl.int64) * tiles, tiles, TILES)
@@ -222,23 +222,23 @@ def edit_loss_ce_last_fwd_kernel(
         tl.store(losses + row, tl.where(z > 0, z, 0.0) + _log1p(e))
     known = (target >= 0) & (target < vocabulary)  # of another, the logit is NaN
     b_t = tl.load(head + target * stride_v + b_d.to(tl.int64) * stride_h, mask=b_in & known, other=0.0)
-    b_t = _sloped(widened(b_t, INTERPRETED), logit, cap, CAPPED)
+    b_t = _sloped(widened(b_t), logit, cap, CAPPED)
     b_g = (b_a * (1.0 / GAIN) - b_t) * (tl.load(weights + row) * scale * q)
     p_g = grad + row * stride_g + b_d.to(tl.int64) * stride_gd
-    tl.store(p_g, rounded(b_g, grad.dtype.element_ty, INTERPRETED), mask=b_in)
+    tl.store(p_g, rounded(b_g, grad.dtype.element_ty), mask=b_in)
 
 
 @triton.jit
 def edit_loss_kl_last_fwd_kernel(
     part, acc, partials, weights, losses, grad, d, stride_g, stride_gd, tiles, scale,
-    KEPT: tl.constexpr, TILES: tl.constexpr, BD: tl.constexpr, INTERPRETED: tl.constexpr,
+    KEPT: tl.constexpr, TILES: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Loss and gradient: KL = sum p_base (base - logit) + log(sum exp logit) - log(sum exp base)."""
     row = tl.program_id(0).to(tl.int64)
     b_d = tl.program_id(1) * BD + tl.arange(0, BD)
     at, b_in = row * d + b_d, b_d < d
     b_a = _gathered(
-        part, acc, partials, row, at, b_in, 0, tiles, tiles, KEPT, False, TILES, INTERPRETED
+        part, acc, partials, row, at, b_in, 0, tiles, tiles, KEPT, False, TILES
     )  # fmt: skip
     if tl.program_id(1) == 0:
         plane = tl.num_programs(0).to(tl.int64) * tiles
@@ -249,4 +249,4 @@ def edit_loss_kl_last_fwd_kernel(
         tl.store(losses + row, cross / total_b + (peak_l - peak_b) + (tl.log(total_l) - tl.log(total_b)))
     b_g = b_a * (tl.load(weights + row) * scale * (1.0 / GAIN))
     p_g = grad + row * stride_g + b_d.to(tl.int64) * stride_gd
-    tl.store(p_g, rounded(b_g, grad.dtype.element_ty, INTERPRETED), mask=b_in)
+    tl.store(p_g, rounded(b_g, grad.dtype.element_ty), mask=b_in)

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pke_fast.kernels.checks import FLOATS, require, spans_within, with_dense_rows
+from pke_fast.kernels.checks import require, spans_within, with_dense_rows
 from pke_fast.kernels.glu_score import ACTIVATIONS, check_arguments, halves
-from pke_fast.native import library
+from pke_fast.native import dtype_of, library
 
 ACTS = {name: number for number, name in enumerate(ACTIVATIONS)}  # in the order of csrc/activations.h
-TYPES = {dtype: number for number, dtype in enumerate(FLOATS)}  # in the order of csrc/float_types.h
 
 
 def fwd(
@@ -93,7 +92,7 @@ def _checked(
     spans_within(op, offsets, len(gate))
     offsets, mask = offsets.contiguous(), None if mask is None else mask.contiguous()
     shape = {
-        "type": TYPES[gate.dtype],
+        "type": dtype_of(gate),
         "act": ACTS[act],
         "tokens": len(gate),
         "neurons": gate.shape[1] // 2 if fused else gate.shape[1],

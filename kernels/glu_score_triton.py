@@ -8,12 +8,12 @@ from torch import Tensor
 
 from pke_fast.kernels.checks import with_dense_rows
 from pke_fast.kernels.glu_score import check_arguments, halves
-from pke_fast.kernels.glu_score_kernels_triton import (
+from pke_fast.kernels.glu_score_triton_kernels import (
     glu_score_bwd_kernel,
     glu_score_fwd_kernel,
     glu_score_fwd_statistics_kernel,
 )
-from pke_fast.kernels.ragged_triton import ragged_sum, searched, sum_blocks, tile_slots
+from pke_fast.kernels.triton_ragged import ragged_sum, searched, sum_blocks, tile_slots
 
 ROW_BYTES = 512  # of a row in one program: a warp reads it with one 16-byte load a thread
 SUBTILE = 8  # tokens at a time: with 4 warps, two 16-byte loads in flight for each thread and tensor

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from pke_fast.errors import InputError
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # each is exact in fp32
+from pke_fast.kernels.checks import FLOATS
 
 
 class Selected(NamedTuple):
@@ -118,7 +117,7 @@ def check(
             raise InputError(f"select_hotspots: {name}", expected=expected, got=str(got))
 
     require(scores.dim() in (2, 3), "scores", "[layers, neurons] or [rows, layers, neurons]", list(scores.shape))
-    require(scores.dtype in DTYPES, "scores", "fp32, bf16 or fp16", scores.dtype)
+    require(scores.dtype in FLOATS, "scores", "fp32, bf16 or fp16", scores.dtype)
     depth, width = scores.shape[-2:]
     require(0 <= k <= depth * width, "k", f"0 to {depth * width}, the number of neurons", k)
     require(0 <= first <= end <= depth, "window", f"layers within 0 to {depth}", f"[{first}, {end})")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pke_fast.errors import InputError, PKEError
 from pke_fast.kernels.select_hotspots import Selected, check, fp32
-from pke_fast.native import library
+from pke_fast.native import dtype_of, library
 
 
 def select_hotspots(
@@ -44,7 +44,7 @@ def unread(
     exclude: Tensor | None = None,
     minimum: float = -math.inf,
 ) -> Selected:
-    """The same without waiting for a GPU: `neurons` has room for k (R * k), and what is behind the last one is undefined.
+    """The same without waiting for a GPU: `neurons` has room for k (R * k); what is behind the last one is undefined.
 
     Raises:
         InputError, PKEError: as for `select_hotspots`.
@@ -93,7 +93,7 @@ def unread(
         native.select_hotspots(query, result)
     else:
         scratch = torch.empty(native.hotspot_scratch_size(query), dtype=torch.uint8, device=device)
-        dtype = getattr(native.ScoreFormat, str(values.dtype).removeprefix("torch."))
+        dtype = dtype_of(values)
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
             native.select_hotspots_cuda(query, dtype, result, scratch.data_ptr(), stream)

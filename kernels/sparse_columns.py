@@ -11,9 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pke_fast.kernels.checks import require, same_device
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from pke_fast.kernels.checks import FLOATS, require, same_device
 
 
 def reference_grad(grad_out: Tensor, h: Tensor, into: Tensor) -> None:
@@ -120,7 +118,7 @@ def check_grad(grad_out: Tensor, h: Tensor, into: Tensor, op: str = "sparse_colu
     """Raises InputError unless the arguments are as `reference_grad` describes them, and rows of `into` are dense."""
     same_device(op, grad_out=grad_out, h=h, into=into)
     require(grad_out.dim() == 2, op, "grad_out", "[tokens, d]", list(grad_out.shape))
-    require(grad_out.dtype in DTYPES, op, "grad_out", "fp32, bf16 or fp16", grad_out.dtype)
+    require(grad_out.dtype in FLOATS, op, "grad_out", "fp32, bf16 or fp16", grad_out.dtype)
     require(h.dim() == 2 and len(h) == len(grad_out), op, "h", f"[{len(grad_out)} tokens, n]", list(h.shape))
     require(h.dtype == grad_out.dtype, op, "h", f"grad_out's dtype, {grad_out.dtype}", h.dtype)
     shape = (h.shape[1], grad_out.shape[1])
@@ -134,7 +132,7 @@ def check_weight(op: str, weight: Tensor, axis: int, neurons: Tensor, values: Te
     """Raises InputError unless neurons of `weight` can be replaced by `values`, [n, d] of any float dtype."""
     same_device(op, weight=weight, neurons=neurons, **{name: values})
     require(weight.dim() == 2, op, "weight", "two dimensions", list(weight.shape))
-    require(weight.dtype in DTYPES, op, "weight", "fp32, bf16 or fp16", weight.dtype)
+    require(weight.dtype in FLOATS, op, "weight", "fp32, bf16 or fp16", weight.dtype)
     overlaps = any(size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True))
     require(not overlaps, op, "weight", "each element in a place of its own", f"strides {weight.stride()}")
     require(axis in (0, 1), op, "axis", "0 (neurons are rows) or 1 (columns)", axis)

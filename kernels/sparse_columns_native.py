@@ -13,9 +13,8 @@ from torch import Tensor
 
 from pke_fast.kernels.checks import require, with_dense_rows
 from pke_fast.kernels.sparse_columns import check_grad, check_update, check_weight, reference_grad
-from pke_fast.native import library
+from pke_fast.native import dtype_of, library
 
-_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _STEP_NEURONS = 256  # whose gradient `step` keeps at a time
 
 
@@ -43,7 +42,7 @@ def _grad(grad_out: Tensor, h: Tensor, into: Tensor) -> None:
         grad_out_stride=grad_out.stride(0),
         h=h.data_ptr(),
         h_stride=h.stride(0),
-        dtype=_dtype(h),
+        dtype=dtype_of(h),
         tokens=len(h),
         hidden=grad_out.shape[1],
         n=h.shape[1],
@@ -169,17 +168,13 @@ def _columns(weight: Tensor, axis: int, neurons: Tensor) -> Any:
     """The C++ side's view of the neurons of a weight; the caller holds both tensors."""
     return library().Columns(
         weight=weight.data_ptr(),
-        dtype=_dtype(weight),
+        dtype=dtype_of(weight),
         hidden=weight.shape[1 - axis],
         neuron_stride=weight.stride(axis),
         hidden_stride=weight.stride(1 - axis),
         neurons=neurons.data_ptr(),
         n=len(neurons),
     )
-
-
-def _dtype(tensor: Tensor) -> Any:
-    return getattr(library().Dtype, _DTYPES[tensor.dtype])
 
 
 def _checked_neurons(op: str, weight: Tensor, axis: int, neurons: Tensor) -> Tensor:

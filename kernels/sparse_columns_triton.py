@@ -20,12 +20,11 @@ from pke_fast.kernels.sparse_columns_triton_kernels import (
     sparse_column_update_fwd_kernel,
     write_columns_fwd_kernel,
 )
-from pke_fast.kernels.triton_parts import interpreted, on_device_of
 
 PROGRAMS = 256  # wanted in a product: two for each of some 130 SMs. No card is asked, or bits would depend on it
 LEAST_TOKENS = 256  # of a split: below, its fp32 partials move more bytes than the part of grad_out that it reads
 MOST_SPLITS = 16
-# a thread's own limit, said aloud: unasked, ptxas spills a register or two where one more block a multiprocessor then fits
+# A thread's own limit, said aloud: unasked, ptxas spills a register or two where one more block then fits a card's SM.
 MOST_REGISTERS = 255
 
 
@@ -82,13 +81,9 @@ def _multiply(grad_out: Tensor, h: Tensor, into: Tensor, tile: Tile, splits: int
     sparse_column_grad_fwd_kernel[(_programs(n, d, tile), splits)](
         grad_out, h, into, tokens, n, h.shape[1], d,
         grad_out.stride(0), h.stride(0), into.stride(-2), into.stride(0), per_split,
-        ADD=splits == 1, BT=tile.BT, BN=tile.BN, BD=tile.BD, WIDE=_wide(grad_out),
+        ADD=splits == 1, BT=tile.BT, BN=tile.BN, BD=tile.BD,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-
-
-def _wide(tensor: Tensor) -> bool:
-    return interpreted(tensor) and tensor.dtype == torch.bfloat16
 
 
 def grad(grad_out: Tensor, h: Tensor, into: Tensor) -> None:
@@ -104,16 +99,15 @@ def grad(grad_out: Tensor, h: Tensor, into: Tensor) -> None:
     grad_out, h = _operands(grad_out, h)
     tile = tile_for(n, grad_out.dtype, fused=False)
     splits = splits_for(len(grad_out), _programs(n, d, tile))
-    with on_device_of(into):
-        if splits == 1:
-            _multiply(grad_out, h, into, tile, splits)
-            return
-        partials = torch.empty(splits, n, d, dtype=torch.float32, device=into.device)
-        _multiply(grad_out, h, partials, tile, splits)
-        BD = _block(d)
-        sparse_column_sum_fwd_kernel[(n, triton.cdiv(d, BD))](
-            partials, into, d, into.stride(0), partials.stride(0), SPLITS=splits, BD=BD, num_warps=4, num_stages=1
-        )
+    if splits == 1:
+        _multiply(grad_out, h, into, tile, splits)
+        return
+    partials = torch.empty(splits, n, d, dtype=torch.float32, device=into.device)
+    _multiply(grad_out, h, partials, tile, splits)
+    BD = _block(d)
+    sparse_column_sum_fwd_kernel[(n, triton.cdiv(d, BD))](
+        partials, into, d, into.stride(0), partials.stride(0), SPLITS=splits, BD=BD, num_warps=4, num_stages=1
+    )
 
 
 def _adam(
@@ -143,7 +137,7 @@ def _launch_update(
     sparse_column_update_fwd_kernel[(n, triton.cdiv(d, BD))](
         weight, neurons.contiguous(), *state, grads, d, weight.shape[axis],
         weight.stride(1 - axis), weight.stride(axis), grads.stride(0), **adam,
-        SPLITS=splits, BD=BD, INTERPRETED=interpreted(weight), num_warps=4, num_stages=1,
+        SPLITS=splits, BD=BD, num_warps=4, num_stages=1,
     )  # fmt: skip
 
 
@@ -162,8 +156,7 @@ def update(
     if grad.numel() == 0:
         return
     adam = _adam(step, lr, beta1, beta2, eps, weight_decay, bound)
-    with on_device_of(weight):
-        _launch_update(weight, axis, neurons, tuple(state.values()), grad[None], adam)
+    _launch_update(weight, axis, neurons, tuple(state.values()), grad[None], adam)
 
 
 def step(
@@ -189,18 +182,17 @@ def step(
     tile = tile_for(n, grad_out.dtype, fused=True)
     programs = _programs(n, d, tile)
     splits = splits_for(len(grad_out), programs)
-    with on_device_of(weight):
-        if splits > 1:
-            partials = torch.empty(splits, n, d, dtype=torch.float32, device=weight.device)
-            _multiply(grad_out, h, partials, tile, splits)
-            _launch_update(weight, axis, neurons, tuple(state.values()), partials, adam)
-            return
-        sparse_column_step_fwd_kernel[(programs,)](
-            weight, neurons.contiguous(), *state.values(), grad_out, h, len(grad_out), n, h.shape[1], d,
-            weight.shape[axis], weight.stride(1 - axis), weight.stride(axis), grad_out.stride(0), h.stride(0), **adam,
-            BT=tile.BT, BN=tile.BN, BD=tile.BD, WIDE=_wide(grad_out), INTERPRETED=interpreted(weight),
-            num_warps=tile.warps, num_stages=tile.stages, maxnreg=MOST_REGISTERS,
-        )  # fmt: skip
+    if splits > 1:
+        partials = torch.empty(splits, n, d, dtype=torch.float32, device=weight.device)
+        _multiply(grad_out, h, partials, tile, splits)
+        _launch_update(weight, axis, neurons, tuple(state.values()), partials, adam)
+        return
+    sparse_column_step_fwd_kernel[(programs,)](
+        weight, neurons.contiguous(), *state.values(), grad_out, h, len(grad_out), n, h.shape[1], d,
+        weight.shape[axis], weight.stride(1 - axis), weight.stride(axis), grad_out.stride(0), h.stride(0), **adam,
+        BT=tile.BT, BN=tile.BN, BD=tile.BD,
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=MOST_REGISTERS,
+    )  # fmt: skip
 
 
 def write(weight: Tensor, axis: int, neurons: Tensor, values: Tensor) -> None:
@@ -214,8 +206,7 @@ def write(weight: Tensor, axis: int, neurons: Tensor, values: Tensor) -> None:
         return
     n, d = values.shape
     BD = _block(d)
-    with on_device_of(weight):
-        write_columns_fwd_kernel[(n, triton.cdiv(d, BD))](
-            weight, neurons.contiguous(), values, d, weight.shape[axis], weight.stride(1 - axis), weight.stride(axis),
-            *values.stride(), BD=BD, INTERPRETED=interpreted(weight), num_warps=4, num_stages=1,
-        )  # fmt: skip
+    write_columns_fwd_kernel[(n, triton.cdiv(d, BD))](
+        weight, neurons.contiguous(), values, d, weight.shape[axis], weight.stride(1 - axis), weight.stride(axis),
+        *values.stride(), BD=BD, num_warps=4, num_stages=1,
+    )  # fmt: skip

@@ -6,13 +6,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pke_fast.kernels.triton_parts import rounded, widened
+from pke_fast.kernels.triton_parts import dot, rounded, widened
 
 
 @triton.jit
 def _product(
     grad_out, h, stride_g, stride_h, first, end, width_h, d, offs_n, offs_d,
-    BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The tile h^T G [BN, BD] over the tokens first .. end - 1."""
     b_acc = tl.zeros((BD, BN), tl.float32)  # [BD, BN]
@@ -23,10 +23,7 @@ def _product(
         b_in = t + b_t < end
         b_h = tl.load(p_h, mask=b_in[:, None] & (offs_n < width_h)[None, :], other=0.0)  # [BT, BN]
         b_g = tl.load(p_g, mask=(offs_d < d)[:, None] & b_in[None, :], other=0.0)  # [BD, BT]
-        if WIDE:  # the interpreter can't multiply bf16
-            b_h, b_g = b_h.to(tl.float32), b_g.to(tl.float32)
-        # Of fp32, "ieee": the products of tf32 would be off by far more than torch's.
-        b_acc = tl.dot(b_g, b_h, b_acc, input_precision="ieee")
+        b_acc = dot(b_g, b_h, b_acc)
         p_h += BT * stride_h
         p_g += BT * stride_g
     return tl.trans(b_acc)
@@ -35,7 +32,7 @@ def _product(
 @triton.jit
 def sparse_column_grad_fwd_kernel(
     grad_out, h, into, tokens, n, width_h, d, stride_g, stride_h, stride_i, stride_split, per_split,
-    ADD: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
+    ADD: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """into [n, d] += h^T G; not ADD: one split of the tokens, written into its own [n, d] of `into`."""
     tiles_n = tl.cdiv(n, BN)  # they go first: they share what they read of grad_out
@@ -44,7 +41,7 @@ def sparse_column_grad_fwd_kernel(
     split = tl.program_id(1)
     first = split * per_split
     end = tl.minimum(first + per_split, tokens)
-    b_acc = _product(grad_out, h, stride_g, stride_h, first, end, width_h, d, offs_n, offs_d, BT, BN, BD, WIDE)
+    b_acc = _product(grad_out, h, stride_g, stride_h, first, end, width_h, d, offs_n, offs_d, BT, BN, BD)
     p_into = into + split.to(tl.int64) * stride_split + offs_n.to(tl.int64)[:, None] * stride_i + offs_d[None, :]
     b_in = (offs_n < n)[:, None] & (offs_d < d)[None, :]
     if ADD:
@@ -103,7 +100,7 @@ def _advance(
 def sparse_column_update_fwd_kernel(
     weight, neurons, old, master, moment1, moment2, grad, d, count, stride_d, stride_n, stride_split,
     share1, beta2, share2, unbias2, eps, rate, pull, bound,
-    DECAYED: tl.constexpr, BOUNDED: tl.constexpr, SPLITS: tl.constexpr, BD: tl.constexpr, INTERPRETED: tl.constexpr,
+    DECAYED: tl.constexpr, BOUNDED: tl.constexpr, SPLITS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """A program for BD elements of one neuron; grad is [SPLITS, n, d], of which the sum is the gradient."""
     row = tl.program_id(0).to(tl.int64)
@@ -117,7 +114,7 @@ def sparse_column_update_fwd_kernel(
         share1, beta2, share2, unbias2, eps, rate, pull, bound, DECAYED, BOUNDED,
     )  # fmt: skip
     p_w = weight + neuron * stride_n + offs_d.to(tl.int64) * stride_d
-    b_w = rounded(b_w, weight.dtype.element_ty, INTERPRETED)
+    b_w = rounded(b_w, weight.dtype.element_ty)
     tl.store(p_w, b_w, mask=b_in & (neuron >= 0) & (neuron < count))
 
 
@@ -127,13 +124,12 @@ def sparse_column_step_fwd_kernel(
     stride_d, stride_n, stride_g, stride_h,
     share1, beta2, share2, unbias2, eps, rate, pull, bound,
     DECAYED: tl.constexpr, BOUNDED: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    WIDE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """The gradient of BN neurons and BD elements of each, over all tokens, goes into Adam without leaving the SM."""
     tiles_n = tl.cdiv(n, BN)
     offs_n = tl.program_id(0) % tiles_n * BN + tl.arange(0, BN)
     offs_d = tl.program_id(0) // tiles_n * BD + tl.arange(0, BD)
-    b_g = _product(grad_out, h, stride_g, stride_h, 0, tokens, width_h, d, offs_n, offs_d, BT, BN, BD, WIDE)
+    b_g = _product(grad_out, h, stride_g, stride_h, 0, tokens, width_h, d, offs_n, offs_d, BT, BN, BD)
     b_in = (offs_n < n)[:, None] & (offs_d < d)[None, :]
     row = (tl.program_id(0) % tiles_n * BN).to(tl.int64) * d  # 64 bits once; within a tile 32 do, and save registers
     at = tl.arange(0, BN)[:, None] * d + offs_d[None, :]
@@ -143,14 +139,14 @@ def sparse_column_step_fwd_kernel(
     )  # fmt: skip
     b_neuron = tl.load(neurons + offs_n, mask=offs_n < n, other=-1)  # [BN]
     p_w = weight + b_neuron[:, None] * stride_n + offs_d.to(tl.int64)[None, :] * stride_d
-    b_w = rounded(b_w, weight.dtype.element_ty, INTERPRETED)
+    b_w = rounded(b_w, weight.dtype.element_ty)
     tl.store(p_w, b_w, mask=b_in & ((b_neuron >= 0) & (b_neuron < count))[:, None])
 
 
 @triton.jit
 def write_columns_fwd_kernel(
     weight, neurons, values, d, count, stride_d, stride_n, stride_vn, stride_vd,
-    BD: tl.constexpr, INTERPRETED: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
     """A program for BD elements of one neuron. The weight's own dtype goes through bit for bit."""
     row = tl.program_id(0).to(tl.int64)
@@ -159,5 +155,5 @@ def write_columns_fwd_kernel(
     b_in = (offs_d < d) & (neuron >= 0) & (neuron < count)
     b_w = tl.load(values + row * stride_vn + offs_d * stride_vd, mask=b_in)  # [BD]
     if b_w.dtype != weight.dtype.element_ty:
-        b_w = rounded(widened(b_w, INTERPRETED), weight.dtype.element_ty, INTERPRETED)
+        b_w = rounded(widened(b_w), weight.dtype.element_ty)
     tl.store(weight + neuron * stride_n + offs_d * stride_d, b_w, mask=b_in)

@@ -6,6 +6,8 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+import torch
+
 from pke_fast.errors import PKEError
 
 
@@ -40,3 +42,10 @@ def problem() -> str | None:
 def cuda_architectures() -> list[str]:
     """What the extension's CUDA part was compiled for, as "sm_90"; empty without one, or without the extension."""
     return [] if problem() else list(getattr(library(), "cuda_architectures", []))
+
+
+def dtype_of(tensor: torch.Tensor) -> Any:
+    """A tensor's dtype as the extension names it: fp32, bf16 or fp16."""
+    return getattr(
+        library().Dtype, {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[tensor.dtype]
+    )

@@ -151,7 +151,9 @@ def _register() -> torch.library.Library:
         library.define(name + op.schema)
 
         def call(*args: Any, _name: str = name, **named: Any) -> Any:
-            return implementation(_name, chosen_backend(_name, *args))(*args, **named)
+            form = implementation(_name, chosen_backend(_name, *args))
+            with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+                return form(*args, **named)
 
         library.impl(name, call, "CompositeExplicitAutograd")
         torch.library.register_fake(f"pke_fast::{name}", op.fake, lib=library)

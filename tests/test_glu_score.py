@@ -178,7 +178,7 @@ def test_nan_shows_in_its_neuron_and_request_alone(form) -> None:
 
 
 def test_more_requests_than_are_searched_at_once(form, monkeypatch) -> None:
-    monkeypatch.setattr(pytest.importorskip("pke_fast.kernels.ragged_triton"), "SEARCHED", 4)
+    monkeypatch.setattr(pytest.importorskip("pke_fast.kernels.triton_ragged"), "SEARCHED", 4)
     check(form, 100, 5, "relu2", True, torch.float32, [1, 2, 2, 5, 9, 48, 49, 90, 90, 96])
 
 

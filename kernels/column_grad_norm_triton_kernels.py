@@ -1,6 +1,6 @@
 """The kernels of `column_grad_norm_triton`. Short requests go by the Gram matrix, the others directly.
 
-Each program finds its tile of tokens, or its long request, from the offsets on the device (`ragged_triton`) and exits
+Each program finds its tile of tokens, or its long request, from the offsets on the device (`triton_ragged`) and exits
 where the other form has it. Programs leave partials [rows, D], fp32; a last kernel adds up what belongs to a request.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pke_fast.kernels.interpreted_triton import dot, rounded
-from pke_fast.kernels.ragged_triton import find_tile, request_span
+from pke_fast.kernels.triton_parts import dot, rounded
+from pke_fast.kernels.triton_ragged import find_tile, request_span
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """The kernels of `glu_score_triton`: one pass over the tokens, with the statistics as partials by tile.
 
-A program takes one tile of tokens (`ragged_triton`) and BD neurons, and walks through the tile BS tokens at a time. The
+A program takes one tile of tokens (`triton_ragged`) and BD neurons, and walks through the tile BS tokens at a time. The
 statistics stay in registers until the tile is done: a request of one tile has its results then; the others leave fp32
 partials [slots, D], which a second kernel adds up in the tiles' order.
 """
@@ -11,9 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pke_fast.kernels.activations_triton import activation
-from pke_fast.kernels.interpreted_triton import rounded
-from pke_fast.kernels.ragged_triton import find_tile, request_span
+from pke_fast.kernels.triton_activations import activation
+from pke_fast.kernels.triton_parts import rounded
+from pke_fast.kernels.triton_ragged import find_tile, request_span
 
 
 @triton.jit
