@@ -2,33 +2,18 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <functional>
 #include <vector>
 
 #include "score_order.h"
+#include "widest.h"
 
 #ifdef _MSC_VER
 #include <intrin.h>
 #endif
 
-// One binary for every x86-64 processor: the loader picks the widest version that the processor has (needs glibc). Not
-// under a sanitizer: the loader picks before the sanitizer's own code can run.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-#define PKE_FAST_WIDEST __attribute__((target_clones("default", "avx2", "avx512f")))
-#else
-#define PKE_FAST_WIDEST
-#endif
-
 namespace pke_fast {
 namespace {
-
-inline uint32_t bits_of(float score) {
-    uint32_t bits;
-    std::memcpy(&bits, &score, sizeof bits);
-    return bits;
-}
 
 inline uint32_t raw_key(float score) { return pke_fast::raw_key<Float32>(bits_of(score)); }
 inline uint32_t order_key(float score) { return pke_fast::order_key<Float32>(bits_of(score)); }

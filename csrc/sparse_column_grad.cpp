@@ -8,12 +8,6 @@
 #include "sparse_columns.h"
 #include "widest.h"
 
-#if defined(__GNUC__)
-#define PKE_FAST_INLINE inline __attribute__((always_inline))
-#else
-#define PKE_FAST_INLINE inline
-#endif
-
 namespace pke_fast {
 namespace {
 
@@ -42,6 +36,7 @@ struct Register {
 constexpr std::size_t kNeurons = 6;          // of a register tile: with 2 vectors 12 of 16 registers are sums, with 4
                                              // 24 of AVX-512's 32
 constexpr std::size_t kTokens = 128;         // whose panel of G, up to 32 KB, stays in the first-level cache
+constexpr std::size_t kWorthAThread = 1 << 24;  // products, some 0.2 ms; at a tenth of it a second thread cost time
 constexpr std::size_t kSlabBytes = 1 << 19;  // of h in fp32: stays in the second-level cache
 
 // Adds to a [kNeurons, vectors * lanes] tile of the result the products of `tokens` tokens.
@@ -138,7 +133,7 @@ void sparse_column_grad(Rows grad_out, Rows h, Dtype dtype, std::size_t tokens, 
     const std::size_t padded = (n + kNeurons - 1) / kNeurons * kNeurons;
     const std::size_t slab = std::max(kTokens, kSlabBytes / (padded * sizeof(float)) / kTokens * kTokens);
     const std::size_t panels = (hidden + width - 1) / width;
-    const std::size_t workers = std::min({threads, panels, 1 + tokens * n * hidden / (std::size_t{1} << 21)});
+    const std::size_t workers = std::min({threads, panels, 1 + tokens * n * hidden / kWorthAThread});
     std::vector<float> packed(padded * std::min(slab, tokens) + padded);
     std::vector<float> panel(workers * kTokens * width);
 
