@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pke_fast.config import PKEConfig
+from pke_fast.config import MOST_LR, PKEConfig
 from pke_fast.errors import InputError
 
 ALGORITHMS = ("DINM", "PKE")
@@ -181,6 +181,13 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
+def _rate(name: str, value: Any) -> float:
+    number = _number(name, value)
+    if number > MOST_LR:
+        raise _wrong(name, value, f"a number of at most {MOST_LR:g}")
+    return number
+
+
 def _count(name: str, value: Any) -> int:
     number = _number(name, value)
     if not number.is_integer():
@@ -243,7 +250,7 @@ def _one_of(choices: tuple[str, ...]) -> Callable[[str, Any], str]:
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "layers": _layers,
     "num_steps": _count,
-    "lr": _number,
+    "lr": _rate,
     "weight_decay": _number,
     "kl_factor": _number,
     "norm_constraint": _bound,
