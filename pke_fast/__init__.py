@@ -12,18 +12,22 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from pke_fast.backend import select, trace, update
     from pke_fast.config import PKEConfig, load_config
     from pke_fast.engine import EditResult, LocateResult, edit, evaluate, locate
     from pke_fast.errors import EditError, InputError, PatchError, PKEError
+    from pke_fast.hotspots import HotSpots
     from pke_fast.loading import load_model
     from pke_fast.patch import Patch
     from pke_fast.requests import EditRequest, Pair, read_pairs, read_prompts, read_requests
+    from pke_fast.scoring import Scores
 
 # Where each public name lives: torch and transformers are imported when one that needs them is first used.
 _PUBLIC = {
     "EditError": "errors",
     "EditRequest": "requests",
     "EditResult": "engine",
+    "HotSpots": "hotspots",
     "InputError": "errors",
     "LocateResult": "engine",
     "PKEConfig": "config",
@@ -31,6 +35,7 @@ _PUBLIC = {
     "Pair": "requests",
     "Patch": "patch",
     "PatchError": "errors",
+    "Scores": "scoring",
     "edit": "engine",
     "evaluate": "engine",
     "load_config": "config",
@@ -39,12 +44,16 @@ _PUBLIC = {
     "read_pairs": "requests",
     "read_prompts": "requests",
     "read_requests": "requests",
+    "select": "backend",
+    "trace": "backend",
+    "update": "backend",
 }
 
 __all__ = [
     "EditError",
     "EditRequest",
     "EditResult",
+    "HotSpots",
     "InputError",
     "LocateResult",
     "PKEConfig",
@@ -52,6 +61,7 @@ __all__ = [
     "Pair",
     "Patch",
     "PatchError",
+    "Scores",
     "edit",
     "evaluate",
     "load_config",
@@ -60,6 +70,9 @@ __all__ = [
     "read_pairs",
     "read_prompts",
     "read_requests",
+    "select",
+    "trace",
+    "update",
 ]
 
 

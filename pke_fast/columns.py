@@ -19,14 +19,18 @@ from pke_fast.structure import Structure, hooks
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # Kingma & Ba 2015
 
 
-class Columns:
-    """The selected columns of one layer's down projection: [n, d] each, old values exact, the rest fp32."""
+class Selected:
+    """The selected rows (axis 0) or columns (axis 1) of a weight: [n, width] each, old values exact, the rest fp32.
 
-    def __init__(self, structure: Structure, layer: int, neurons: Tensor) -> None:
-        self.layer, self.mlp = layer, structure.mlps[layer]
-        self.weight = structure.down_weight(layer)
+    Args:
+        weight: the live weight, two-dimensional; it needs no gradient.
+        neurons: which rows or columns, int64 [n], ascending.
+    """
+
+    def __init__(self, weight: Tensor, axis: int, neurons: Tensor) -> None:
+        self.weight, self.axis = weight.detach(), axis
         self.neurons = neurons.to(self.weight.device)
-        self.exact = read_columns(self.weight, self.mlp.axis, self.neurons)
+        self.exact = read_columns(self.weight, axis, self.neurons)
         self.old = self.exact.float()
         self.master = self.old.clone()
         self._waiting: tuple[Tensor, Tensor] | None = None  # a step's first share, not multiplied yet
@@ -43,8 +47,8 @@ class Columns:
         A step's only share waits as it came, so that product, Adam and write can be one kernel.
 
         Args:
-            grad_out: G = dL/d(down projection's output) [T, d].
-            h: the columns' activations [T, n].
+            grad_out: G = dL/d(down projection's output) [T, d]. For rows of a weight, its input [T, width].
+            h: the columns' activations [T, n]. For rows, dL/d(output) at the rows.
         """
         if self._waiting is None and self._sum is None:
             self._waiting = (grad_out, h)
@@ -66,13 +70,12 @@ class Columns:
         parts = self._waiting or (self.grad,)
         return all(bool(torch.isfinite(part).all()) for part in parts)
 
-    def update(self, config: PKEConfig, lr: float) -> None:
-        """One step of Adam from the gradient, which begins anew after it."""
+    def adam(self, lr: float, weight_decay: float = 0.0, bound: float = math.inf) -> None:
+        """One step of Adam from the gradient, which begins anew after it; see `sparse_columns` for the arguments."""
         self.step += 1
-        bound = math.inf if config.norm_constraint is None else config.norm_constraint
-        columns = (self.weight, self.mlp.axis, self.neurons)
+        columns = (self.weight, self.axis, self.neurons)
         state = (self.old, self.master, self.moment1, self.moment2)
-        adam = (self.step, lr, BETA1, BETA2, EPS, config.weight_decay, bound)
+        adam = (self.step, lr, BETA1, BETA2, EPS, weight_decay, bound)
         if self._waiting is not None:
             torch.ops.pke_fast.sparse_column_step(*columns, *state, *self._waiting, *adam)
         else:
@@ -81,11 +84,24 @@ class Columns:
 
     def restore(self) -> None:
         """Puts the old values back, bit for bit."""
-        torch.ops.pke_fast.write_columns(self.weight, self.mlp.axis, self.neurons, self.exact)
+        torch.ops.pke_fast.write_columns(self.weight, self.axis, self.neurons, self.exact)
+
+
+class Columns(Selected):
+    """The selected columns of one layer's down projection, [n, d]; rows where the weight is stored transposed."""
+
+    def __init__(self, structure: Structure, layer: int, neurons: Tensor) -> None:
+        self.layer, self.mlp = layer, structure.mlps[layer]
+        super().__init__(structure.down_weight(layer), self.mlp.axis, neurons)
+
+    def update(self, config: PKEConfig, lr: float) -> None:
+        """One step of Adam, as the settings say."""
+        bound = math.inf if config.norm_constraint is None else config.norm_constraint
+        self.adam(lr, config.weight_decay, bound)
 
     def patch(self) -> LayerPatch:
-        new = read_columns(self.weight, self.mlp.axis, self.neurons)
-        return LayerPatch(self.layer, self.mlp.weight, self.mlp.axis, self.neurons.cpu(), self.exact.cpu(), new.cpu())
+        new = read_columns(self.weight, self.axis, self.neurons)
+        return LayerPatch(self.layer, self.mlp.weight, self.axis, self.neurons.cpu(), self.exact.cpu(), new.cpu())
 
 
 class _SparseTap(torch.autograd.Function):
@@ -124,7 +140,7 @@ def gradients_into(columns: Sequence[Columns]) -> Iterator[None]:
 
 
 @contextmanager
-def put_back_on_failure(columns: Sequence[Columns]) -> Iterator[None]:
+def put_back_on_failure(columns: Sequence[Selected]) -> Iterator[None]:
     """An exception inside, Ctrl-C too, leaves the weights as they were before."""
     try:
         yield

@@ -22,6 +22,7 @@ from pke_fast.tape import Tape, record
 
 LR_OF_RMS = 0.01  # tuned on SmolLM2-135M, whose down projections have an rms of 0.19
 GENTLER = "lower lr (--set lr=...), or load the model in fp32 or bf16"
+STEPS = "Editing the hot spots"  # the stage that advances by steps
 STOP_WINDOW = 4  # steps in the running means that stop an edit
 
 
@@ -234,7 +235,7 @@ def edit_columns(
             before = Losses(trainer.edit_loss(advance), 0.0)  # the KL of a model to itself
         steps: list[Step] = []
         stopped = f"all {config.num_steps} steps were made"
-        with stage("Editing the hot spots", config.num_steps) as advance:
+        with stage(STEPS, config.num_steps) as advance:
             for number in range(config.num_steps):
                 steps.append(trainer.step(number))
                 advance(1)

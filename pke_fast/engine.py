@@ -147,7 +147,8 @@ def edit(
         first, _ = config.layer_window(len(bench.structure.layers))
         located = locate_hot_spots(bench, job, first=first)
         outcome = _run(bench, job, located)
-        patch = Patch(outcome.layers, _patch_meta(bench, facts, job, outcome))
+        counts = len(job.requests), len(job.locality)
+        patch = Patch(outcome.layers, summary.patch_meta(facts, config.as_dict(), *counts, outcome))
         with _reverted_on_failure(patch, model):
             after = _answers(bench, shown, "Answering them after")
             report = summary.report_of(bench, facts, job, located, outcome, patch, source)
@@ -182,18 +183,6 @@ def _run(bench: Workbench, job: Job, located: Located) -> Outcome:
     return editing.edit_columns(
         bench.structure, hot_spots, requests, locality, bench.config, pad_id=bench.pad_id, stage=bench.stages.stage
     )
-
-
-def _patch_meta(bench: Workbench, facts: dict[str, Any], job: Job, outcome: Outcome) -> dict[str, Any]:
-    losses = summary.losses_of(outcome)
-    return {
-        "base": facts,
-        "settings": bench.config.as_dict(),
-        "requests": len(job.requests),
-        "locality": len(job.locality),
-        "losses": {key: losses[key] for key in ("before", "after", "stopped")} | {"steps": len(outcome.steps)},
-        "versions": summary.versions(),
-    }
 
 
 def locate(

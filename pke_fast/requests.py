@@ -154,11 +154,16 @@ def _locality(record: Record) -> tuple[Pair, ...]:
     where = f"{record.where}: {record.key('locality')!r}"
     value = record.get("locality")
     if isinstance(value, dict) and "prompt" not in value:  # EasyEdit's {relation: pairs}
-        return tuple(pair for name, pairs in value.items() for pair in _pairs(pairs, f"{where}, {name!r}"))
-    return () if value is None or value == "" else _pairs(value, where)
+        return tuple(pair for name, pairs in value.items() for pair in pairs_in(pairs, f"{where}, {name!r}"))
+    return () if value is None or value == "" else pairs_in(value, where)
 
 
-def _pairs(value: Any, where: str) -> tuple[Pair, ...]:
+def pairs_in(value: Any, where: str) -> tuple[Pair, ...]:
+    """The pairs of {prompt, ground_truth} (or answer), or of a list of such; each of the two may itself be a list.
+
+    Raises:
+        InputError: it is of another type, or prompts and answers differ in number; `where` is in the message.
+    """
     found: list[Pair] = []
     for item in _as_list(value):
         if not isinstance(item, dict):

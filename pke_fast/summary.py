@@ -13,6 +13,7 @@ from pke_fast.editing import Outcome
 from pke_fast.locating import Located
 from pke_fast.patch import Patch
 from pke_fast.preparation import Job
+from pke_fast.structure import Structure
 from pke_fast.workbench import Workbench
 
 TOP_NEURONS = 100
@@ -36,16 +37,34 @@ def now() -> str:
 
 def model_facts(bench: Workbench) -> dict[str, Any]:
     """The model's name, fingerprint, shape, dtype and device. Call it before the weights change."""
-    structure = bench.structure
+    return facts_of(bench.structure, bench.name, bench.fingerprint)
+
+
+def facts_of(structure: Structure, name: str, fingerprint: str) -> dict[str, Any]:
     return {
-        "name": bench.name,
-        "class": type(bench.model).__name__,
-        "fingerprint": bench.fingerprint,
+        "name": name,
+        "class": type(structure.model).__name__,
+        "fingerprint": fingerprint,
         "layers": len(structure.layers),
         "neurons_per_layer": structure.neurons,
         "hidden_size": structure.hidden_size,
         "dtype": DTYPES.get(str(structure.dtype), str(structure.dtype)),
         "device": str(structure.device),
+    }
+
+
+def patch_meta(
+    facts: dict[str, Any], settings: dict[str, Any], requests: int, locality: int, outcome: Outcome
+) -> dict[str, Any]:
+    """What a patch says of how it was made."""
+    losses = losses_of(outcome)
+    return {
+        "base": facts,
+        "settings": settings,
+        "requests": requests,
+        "locality": locality,
+        "losses": {key: losses[key] for key in ("before", "after", "stopped")} | {"steps": len(outcome.steps)},
+        "versions": versions(),
     }
 
 

@@ -52,10 +52,8 @@ class Workbench:
 
 
 @contextmanager
-def workbench(
-    model: Any, tokenizer: Any, config: PKEConfig, stages: Stages | None = None, name: str | None = None
-) -> Iterator[Workbench]:
-    """Lays a model out, and puts its training modes and its parameters' requires_grad back in the end.
+def laid_out(model: Any) -> Iterator[str]:
+    """Freezes a model in eval mode, and puts its modes and its parameters' requires_grad back; yields its device.
 
     Raises:
         InputError: a weight isn't finite, or the weights are on several devices.
@@ -75,18 +73,31 @@ def workbench(
         for parameter, _ in wanted_grad:
             parameter.requires_grad_(False)
         check_finite(model)
-        with using(config.backend):
-            yield Workbench(
-                model,
-                tokenizer,
-                config,
-                stages or Stages(device=devices.pop()),
-                name or getattr(model.config, "name_or_path", "") or type(model).__name__,
-                PromptEncoder(tokenizer, config, context_length(model)),
-                pad_token_id(tokenizer, model),
-            )
+        yield devices.pop()
     finally:
         for module, training in modes:
             module.training = training
         for parameter, wanted in wanted_grad:
             parameter.requires_grad_(wanted)
+
+
+def name_of(model: Any, name: str | None = None) -> str:
+    """What a model is called where its user didn't say: its checkpoint's name, else its class's."""
+    return name or getattr(model.config, "name_or_path", "") or type(model).__name__
+
+
+@contextmanager
+def workbench(
+    model: Any, tokenizer: Any, config: PKEConfig, stages: Stages | None = None, name: str | None = None
+) -> Iterator[Workbench]:
+    """Lays a model out for the length of a block; raises as `laid_out` does."""
+    with laid_out(model) as device, using(config.backend):
+        yield Workbench(
+            model,
+            tokenizer,
+            config,
+            stages or Stages(device=device),
+            name_of(model, name),
+            PromptEncoder(tokenizer, config, context_length(model)),
+            pad_token_id(tokenizer, model),
+        )

@@ -11,6 +11,7 @@ NAMES = {
     "EditError",
     "EditRequest",
     "EditResult",
+    "HotSpots",
     "InputError",
     "LocateResult",
     "PKEConfig",
@@ -18,6 +19,7 @@ NAMES = {
     "Pair",
     "Patch",
     "PatchError",
+    "Scores",
     "edit",
     "evaluate",
     "load_config",
@@ -26,6 +28,9 @@ NAMES = {
     "read_pairs",
     "read_prompts",
     "read_requests",
+    "select",
+    "trace",
+    "update",
 }
 SETTINGS = {
     "method", "k", "window", "per_layer_cap", "num_steps", "batch_size", "lr", "weight_decay", "w_edit", "w_kl",
@@ -47,6 +52,9 @@ def test_the_entry_points_take_what_they_promise():
     assert parameters(pke_fast.edit)[:4] == ["model", "tokenizer", "requests", "config"]
     assert parameters(pke_fast.locate)[:4] == ["model", "tokenizer", "requests", "config"]
     assert parameters(pke_fast.evaluate)[:4] == ["model", "tokenizer", "harmful", "benign"]
+    assert parameters(pke_fast.trace)[:2] == ["model", "batches"]
+    assert parameters(pke_fast.select)[:3] == ["scores", "locality", "k"]
+    assert parameters(pke_fast.update)[:4] == ["model", "hot_spots", "batches", "locality"]
     assert parameters(pke_fast.load_model)[:3] == ["name", "device", "dtype"]
 
 
