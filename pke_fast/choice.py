@@ -31,25 +31,45 @@ def _always(*_args: Any) -> bool:
 
 @dataclass(frozen=True)
 class Rule:
-    """On a kind of device, use a backend where `when` holds of the op's arguments, of which it reads shapes only."""
+    """On a kind of device, use a backend where `when` holds of the op's arguments, of which it reads shapes only.
+
+    Attributes:
+        why: what the form has over the next one, in words.
+        where: `when` in words; empty where it always holds.
+    """
 
     device: str
     backend: str
+    why: str
     when: Callable[..., bool] = _always
-    words: str = ""
+    where: str = ""
 
 
 # The first rule that fits and whose backend can run here decides; where none does, the reference runs.
+_ONE_PASS = "one pass, statistics included"
+_IN_PLACE = "one pass over state and weight, in place"
 TABLE: dict[str, tuple[Rule, ...]] = {
-    "glu_score_fwd": (Rule("cuda", "triton"), Rule("cpu", "native")),
-    "glu_score_bwd": (Rule("cuda", "triton"), Rule("cpu", "native")),
-    "column_grad_norm": (Rule("cuda", "triton"), Rule("cpu", "native")),
-    "select_hotspots": (Rule("cuda", "native"), Rule("cpu", "native")),
-    "sparse_column_grad": (Rule("cuda", "triton"), Rule("cpu", "native")),
-    "sparse_column_update": (Rule("cuda", "triton"), Rule("cpu", "native")),
-    "sparse_column_step": (Rule("cuda", "triton"), Rule("cpu", "native")),
-    "write_columns": (Rule("cuda", "triton"), Rule("cpu", "native")),
-    "edit_loss": (Rule("cuda", "triton"),),
+    "glu_score_fwd": (Rule("cuda", "triton", _ONE_PASS), Rule("cpu", "native", _ONE_PASS)),
+    "glu_score_bwd": (Rule("cuda", "triton", _ONE_PASS), Rule("cpu", "native", _ONE_PASS)),
+    "column_grad_norm": (
+        Rule("cuda", "triton", "tensor cores; no product in memory"),
+        Rule("cpu", "native", "half of each Gram matrix; no product in memory"),
+    ),
+    "select_hotspots": (
+        Rule("cuda", "native", "radix selection, nothing sorted"),
+        Rule("cpu", "native", "one pass over the scores, nothing sorted"),
+    ),
+    "sparse_column_grad": (
+        Rule("cuda", "triton", "tensor cores; no copy of the inputs in fp32"),
+        Rule("cpu", "native", "no copy of the inputs in fp32"),
+    ),
+    "sparse_column_update": (Rule("cuda", "triton", _IN_PLACE), Rule("cpu", "native", _IN_PLACE)),
+    "sparse_column_step": (
+        Rule("cuda", "triton", "product, Adam and write in one kernel"),
+        Rule("cpu", "native", "a gradient of a few neurons at a time"),
+    ),
+    "write_columns": (Rule("cuda", "triton", "in place"), Rule("cpu", "native", "in place, by the weight's rows")),
+    "edit_loss": (Rule("cuda", "triton", "one sweep over the vocabulary, logits by chunks"),),
 }
 
 NATIVE_ON_CUDA = ("select_hotspots",)  # the ops with a CUDA form in csrc
@@ -170,17 +190,16 @@ def explain(op: str, device: torch.device, has: Callable[[str], bool]) -> str:
             return f"reference ({asked} was asked for, which this op doesn't have)"
         why_not = obstacle(op, asked, device)
         return f"{asked}, asked for by name" + (f": fails, {why_not}" if why_not else "")
-    would, notes = [], []
+    would, obstacles = [], []
     for rule in TABLE[op]:
         if rule.device != device.type:
             continue
         why_not = obstacle(op, rule.backend, device)
         if why_not:
-            notes.append(f"{rule.backend}: {why_not}")
-        else:
-            would.append(rule.backend + (f" {rule.words}" if rule.words else ""))
-            if rule.when is _always:
-                break
-    else:
-        would.append("reference")
-    return ", else ".join(would) + (f" ({'; '.join(notes)})" if notes else "")
+            obstacles.append(f"{rule.backend}: {why_not}")
+            continue
+        would.append(f"{rule.backend}{rule.where and ' ' + rule.where}: {rule.why}")
+        if rule.when is _always:
+            return ", else ".join(would)
+    reason = "; ".join(obstacles) or f"no faster form for {device.type}"
+    return ", else ".join([*would, f"reference ({reason})"])

@@ -80,8 +80,8 @@ def test_explanations_name_what_runs_and_what_stands_in_its_way(monkeypatch):
     def explain(op, device):
         return ops.explanation(op, torch.device(device))
 
-    assert explain("select_hotspots", "cpu") == "native"
-    assert explain("edit_loss", "cpu") == "reference"
+    assert explain("select_hotspots", "cpu") == "native: one pass over the scores, nothing sorted"
+    assert explain("edit_loss", "cpu") == "reference (no faster form for cpu)"
     monkeypatch.setattr(choice, "obstacle", lambda *_: "not here")
     assert explain("select_hotspots", "cpu") == "reference (native: not here)"
     monkeypatch.setenv(choice.BACKEND_VARIABLE, "native")
