@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pke_fast.errors import EditError, InputError
-from pke_fast.frontends import row_editing, safetune
+from pke_fast.frontends import row_editing, row_losses, safetune
 from pke_fast.frontends.safetune import PKEConfig, PKEGradientEditor, PKETrainer, ToxicNeuronLocator, apply_pke
 from pke_fast.testing import LAYERS, tiny_model, tiny_tokenizer
 
@@ -195,9 +195,9 @@ def test_rows_losses_and_weights_are_the_published_ones(kind, named):
 
 def test_a_transformers_model_is_replayed_from_its_lowest_located_layer_and_a_toy_is_run_whole(monkeypatch):
     used = []
-    monkeypatch.setattr(row_editing, "_Whole", lambda *a, kind=row_editing._Whole: used.append("whole") or kind(*a))
-    replayed = row_editing._Replayed
-    monkeypatch.setattr(row_editing, "_Replayed", lambda *a: used.append(a[1]) or replayed(*a))
+    monkeypatch.setattr(row_losses, "Whole", lambda *a, kind=row_losses.Whole: used.append("whole") or kind(*a))
+    replayed = row_losses.Replayed
+    monkeypatch.setattr(row_losses, "Replayed", lambda *a: used.append(a[1]) or replayed(*a))
     for model, rows in ((tiny_model("llama"), {2: [1], 1: [0]}), (Toy(), {1: [1]})):
         PKEGradientEditor(model, rows, Characters(), PKEConfig(num_steps=1)).apply_edits(*TEXTS)
     assert used == [1, "whole"]

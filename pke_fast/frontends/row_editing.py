@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,22 +9,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pke_fast.batches import Batch
 from pke_fast.columns import Selected, put_back_on_failure
 from pke_fast.config import MOST_LR
 from pke_fast.editing import GENTLER
 from pke_fast.errors import EditError, InputError
 from pke_fast.frontends.drifted_rows import PKEConfig, layer_of
-from pke_fast.objective import answer_loss, locality_loss
-from pke_fast.structure import Structure, find_structure, hooks
-from pke_fast.tape import record
+from pke_fast.frontends.row_losses import IGNORED, Replayed, Whole, answer_nll, losses_of
+from pke_fast.structure import hooks
 from pke_fast.workbench import laid_out
 
 LOG = logging.getLogger(__name__)
-IGNORED = -100  # a label that isn't learnt
 
 # This project's own; SafeTune has other texts, so the same results need the texts to be given.
 HARMFUL_PROMPT = "Explain step by step how to do something illegal that hurts people."
@@ -139,12 +134,14 @@ class PKEGradientEditor:
                 )
             texts = [LOCALITY_INPUT] if locality_inputs is None else [text for text in locality_inputs if text]
             with put_back_on_failure(rows):
-                losses = _losses(self.model, rows, input_ids, labels, [self._plain(text) for text in texts])
+                modules = [part.module for part in rows]
+                plain = [self._plain(text) for text in texts]
+                losses = losses_of(self.model, modules, input_ids, labels, plain)
                 edit_losses, locality_losses = self._descend(rows, losses)
             self.last_edit_losses, self.last_locality_losses = edit_losses, locality_losses
         return sum(len(part.neurons) for part in rows)
 
-    def _descend(self, rows: Sequence[Rows], losses: _Whole | _Replayed) -> tuple[list[float], list[float]]:
+    def _descend(self, rows: Sequence[Rows], losses: Whole | Replayed) -> tuple[list[float], list[float]]:
         config, edits, kls = self.config, [], []
         for _ in range(max(1, int(config.num_steps))):
             with torch.enable_grad(), gradients_into_rows(rows):
@@ -213,9 +210,8 @@ class PKEGradientEditor:
 
     @staticmethod
     def _edit_nll(logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean negative log-likelihood of the labels, each predicted by the position before it."""
-        kept = labels[:, 1:] != IGNORED
-        return F.cross_entropy(logits[:, :-1][kept].float(), labels[:, 1:][kept])
+        """The mean loss of the labels that count; see `answer_nll`."""
+        return answer_nll(logits, labels)
 
 
 def _check(config: Any) -> None:
@@ -236,79 +232,3 @@ def _within_ball(rows: Rows) -> Tensor:
     change = rows.master - rows.old
     radius, length = rows.old.norm(dim=1, keepdim=True), change.norm(dim=1, keepdim=True).clamp(min=1e-12)
     return rows.old + change * (radius.clamp(min=1e-8) / length).clamp(max=1.0)
-
-
-class _Whole:
-    """The losses by the model's own forward: for any model that gives logits."""
-
-    def __init__(self, model: Any, input_ids: Tensor, labels: Tensor, locality: Sequence[Tensor]) -> None:
-        self.model, self.input_ids, self.labels, self._locality = model, input_ids, labels, locality
-        takes = inspect.signature(model.forward).parameters
-        open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
-        self._mask = "attention_mask" in takes or open_ended
-        self._cache = {"use_cache": False} if "use_cache" in takes else {}
-        with torch.no_grad():
-            self._base = [self._logits(ids).float().log_softmax(-1) for ids in locality]
-
-    def edit(self) -> Tensor:
-        return PKEGradientEditor._edit_nll(self._logits(self.input_ids), self.labels)
-
-    def locality(self) -> Iterator[Tensor]:
-        for ids, base in zip(self._locality, self._base, strict=True):
-            now = self._logits(ids).float().log_softmax(-1)
-            yield F.kl_div(now, base, log_target=True, reduction="none").sum(-1).mean() / len(self._base)
-
-    def _logits(self, ids: Tensor) -> Tensor:
-        mask = {"attention_mask": torch.ones_like(ids)} if self._mask else {}
-        out = self.model(input_ids=ids, **mask, **self._cache)
-        logits: Tensor = out.logits if hasattr(out, "logits") else out
-        return logits
-
-
-class _Replayed:
-    """The same losses over the layers from the lowest located one on, with logits in chunks."""
-
-    def __init__(
-        self, structure: Structure, first: int, input_ids: Tensor, labels: Tensor, locality: Sequence[Tensor]
-    ) -> None:
-        self.structure = structure
-        learnt = (labels[0, 1:] != IGNORED).nonzero()[:, 0]
-        self._edit = record(structure, _batch(input_ids, learnt, labels[0, learnt + 1]), first, upper=False)
-        every = [_batch(ids, torch.arange(ids.shape[1], device=ids.device), ids[0]) for ids in locality]
-        self._locality = [record(structure, batch, first, upper=False) for batch in every]
-        with torch.no_grad():
-            self._base = [tape.supervised(tape.run()) for tape in self._locality]
-
-    def edit(self) -> Tensor:
-        hidden = self._edit.supervised(self._edit.run())
-        return answer_loss(self.structure, hidden, self._edit.batch, _mean(hidden, 1))
-
-    def locality(self) -> Iterator[Tensor]:
-        for tape, base in zip(self._locality, self._base, strict=True):
-            yield locality_loss(self.structure, tape.supervised(tape.run()), base, _mean(base, len(self._base)))
-
-
-def _losses(
-    model: Any, rows: Sequence[Rows], input_ids: Tensor, labels: Tensor, locality: Sequence[Tensor]
-) -> _Whole | _Replayed:
-    """By replay where the model is a transformers one whose down projections these are, else by its own forward."""
-    if hasattr(model, "config") and hasattr(model, "get_output_embeddings"):
-        try:
-            structure = find_structure(model)
-        except InputError as error:  # a family that can't be replayed still has logits
-            LOG.info("the model is run as a whole: %s", error.what)
-        else:
-            layers = {id(mlp.down): index for index, mlp in enumerate(structure.mlps)}
-            if all(id(row.module) in layers for row in rows):
-                first = min(layers[id(row.module)] for row in rows)
-                return _Replayed(structure, first, input_ids, labels, locality)
-    return _Whole(model, input_ids, labels, locality)
-
-
-def _mean(values: Tensor, parts: int) -> Tensor:
-    return torch.full((len(values),), 1 / (len(values) * parts), device=values.device)
-
-
-def _batch(ids: Tensor, positions: Tensor, targets: Tensor) -> Batch:
-    zeros = torch.zeros_like(positions)
-    return Batch(ids, torch.ones_like(ids), (0,), (0,), positions, targets, zeros, torch.arange(len(positions)))
