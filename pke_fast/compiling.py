@@ -148,10 +148,14 @@ class Resources:
     stack: int
     spills: int
 
-    def faults(self, architecture: int) -> list[str]:
-        """What is wrong with them, in words; none where the kernel can run at full speed."""
+    def faults(self, architecture: int, spilling: bool = False) -> list[str]:
+        """What is wrong with them, in words; none where the kernel can run at full speed.
+
+        Args:
+            spilling: is no fault.
+        """
         limit = SHARED_KIB[architecture] * 1024
-        faults = [f"spills {self.spills} bytes"] if self.spills else []
+        faults = [f"spills {self.spills} bytes"] if self.spills and not spilling else []
         if self.shared > limit:
             faults.append(f"{self.shared:,} bytes of shared memory, the limit is {limit:,}")
         return faults

@@ -88,6 +88,39 @@ def test_without_a_gpu_it_says_so() -> None:
     assert done.stderr.startswith("error: no GPU found")
 
 
+def test_variants_take_turns_and_short_ones_are_graphs() -> None:
+    program = """
+import sys
+sys.path.append(sys.argv[1])
+from gpu_timing import CpuTimer, quantiles, time_all
+
+class Counting(CpuTimer):  # a call takes 0.06 ms, in a graph 0.03; each sample is one pass over both input sets
+    graphs = set()
+    def sample(self, run):
+        run()
+        ms = 0.06 if run in self.graphs else 0.12
+        return lambda: ms
+    def as_graph(self, run, warm_up):
+        warm_up()
+        replay = lambda: run()
+        self.graphs.add(replay)
+        return replay
+
+calls = []
+runs = {name: lambda x, name=name: calls.append(name + x) for name in "abc"}
+times = time_all(Counting(), runs, [("1",), ("2",)], 3, waits=("a",))
+print(" ".join(calls[-18:]))
+print({name: (round(t.y20, 3), round(t.y50, 3)) for name, t in times.items()})
+print(quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]))
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(SCRIPT.parent)], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        "a1 a2 b1 b2 c1 c2 b1 b2 c1 c2 a1 a2 c1 c2 a1 a2 b1 b2",
+        "{'a': (0.06, 0.06), 'b': (0.03, 0.03), 'c': (0.03, 0.03)}",
+        "Times(y20=2.0, y50=3.5, y80=5.0)",
+    ], done.stderr
+
+
 def test_verdicts() -> None:
     program = """
 import sys
