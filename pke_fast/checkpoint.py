@@ -14,7 +14,7 @@ from pke_fast.journal import reading
 from pke_fast.patch import Patch
 from pke_fast.pickled import convert, is_pickled
 from pke_fast.shards import other_weights, read_checkpoint
-from pke_fast.stored import copy_shard, find_targets, read_all, verify, write_neurons
+from pke_fast.stored import by_shard, copy_shard, find_targets, read_all, verify, write_neurons
 
 # In bytes. Smaller files are what people edit by hand, and a link would change the source with them.
 _LINK_FROM = 16 * 2**20
@@ -72,9 +72,7 @@ def _patched_copy(source: Path, patch: Patch, out: Path, revert: bool, force: bo
     targets = find_targets(tensors, patch, source)
     patch.check(read_all(source, targets), revert, f"the checkpoint {source}")
     shards = {tensor.shard for tensor in tensors.values()}
-    rewritten: dict[str, list[str]] = {}
-    for target in targets:
-        rewritten.setdefault(target.tensor.shard, []).append(target.tensor.name)
+    rewritten = by_shard(targets)
     with atomic_folder(out, force) as folder:
         linked, copied = _share(source, folder, set(rewritten))
         after = [(target, target.part.old if revert else target.part.new) for target in targets]
@@ -98,9 +96,8 @@ def _converted_copy(source: Path, patch: Patch, out: Path, revert: bool, force: 
         tensors = read_checkpoint(folder)
         targets = find_targets(tensors, patch, source)
         patch.check(read_all(folder, targets), revert, f"the checkpoint {source}")
-        rewritten: dict[str, list[str]] = {tensor.shard: [] for tensor in tensors.values()}
+        rewritten: dict[str, list[str]] = {tensor.shard: [] for tensor in tensors.values()} | by_shard(targets)
         for target in targets:
-            rewritten[target.tensor.shard].append(target.tensor.name)
             new = target.part.old if revert else target.part.new
             with FileIO(folder / target.tensor.shard, "r+") as file:
                 write_neurons(file, target, new)

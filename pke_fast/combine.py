@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 import pke_fast
 from pke_fast.errors import InputError, PatchError
-from pke_fast.patch import LayerPatch, Patch, equal_rows
+from pke_fast.layer_patch import PROJECTIONS, LayerPatch, equal_rows
+from pke_fast.patch import Patch
 
 NAMED = 8  # neurons of a layer that a message names
 
@@ -20,7 +21,8 @@ NAMED = 8  # neurons of a layer that a message names
 def merge(patches: Sequence[Patch], names: Sequence[str] | None = None) -> Patch:
     """One patch that does what all of them do, taken in order.
 
-    Each is joined to what those before it make together, by the neurons that both have. All of these must agree:
+    Each is joined to what those before it make together, by the neurons whose weights both have: those in gate, up and
+    down count apart. All of these must agree:
 
     - none: they unite;
     - its old weights are the new ones so far: it is on top, and the result goes from the first old to the last new;
@@ -44,15 +46,15 @@ def merge(patches: Sequence[Patch], names: Sequence[str] | None = None) -> Patch
     if len(patches) < 2:
         raise InputError("nothing to merge", expected="two patches or more", got=str(len(patches)))
     names = list(names or (f"patch {number}" for number in range(1, len(patches) + 1)))
-    layers = {part.layer: part for part in patches[0].layers}
+    parts = {_key(part): part for part in patches[0].layers}
     relations = ["first"]
     for number, patch in enumerate(patches[1:], start=1):
-        relations.append(_join(layers, patch, ", ".join(names[:number]), names[number]))
+        relations.append(_join(parts, patch, ", ".join(names[:number]), names[number]))
     made = [
         {"name": name, "relation": relation, "neurons": patch.n_neurons, "meta": patch.meta}
         for name, relation, patch in zip(names, relations, patches, strict=True)
     ]
-    return _made([layers[layer] for layer in sorted(layers)], patches[0], {"how": "merge", "patches": made})
+    return _made([parts[key] for key in sorted(parts)], patches[0], {"how": "merge", "patches": made})
 
 
 def scale(patch: Patch, by: float, name: str | None = None) -> Patch:
@@ -71,6 +73,11 @@ def scale(patch: Patch, by: float, name: str | None = None) -> Patch:
     return _made([replace(part, new=_scaled(part, by)) for part in patch.layers], patch, made)
 
 
+def _key(part: LayerPatch) -> tuple[int, int]:
+    """What parts of several patches are joined by, in the order in which a patch has them."""
+    return part.layer, PROJECTIONS.index(part.projection)
+
+
 def _made(layers: Sequence[LayerPatch], first: Patch, made_from: dict[str, Any]) -> Patch:
     versions = {"pke_fast": pke_fast.__version__}
     return Patch(tuple(layers), {"base": first.meta.get("base"), "made_from": made_from, "versions": versions})
@@ -86,7 +93,7 @@ def _scaled(part: LayerPatch, by: float) -> Tensor:
     beyond = (~torch.isfinite(scaled) & torch.isfinite(old) & torch.isfinite(new)).any(dim=1)
     if bool(beyond.any()):
         raise PatchError(
-            f"scaled by {by:g}, weights of layer {part.layer} are too large for {part.old.dtype}",
+            f"scaled by {by:g}, weights of {part.place} are too large for {part.old.dtype}",
             expected="finite weights",
             got=f"infinity in {_listed(part.neurons[beyond])}",
             do="scale by less",
@@ -96,9 +103,9 @@ def _scaled(part: LayerPatch, by: float) -> Tensor:
 
 @dataclass(frozen=True)
 class _Shared:
-    """The neurons that two patches of a layer both have: where they are in each, and what is equal, bit for bit."""
+    """The neurons of a projection that two patches both have: where they are in each, and what is equal to the bit."""
 
-    layer: int
+    place: str
     neurons: Tensor
     mine: Tensor
     theirs: Tensor
@@ -108,36 +115,36 @@ class _Shared:
     below: Tensor
 
 
-def _join(layers: dict[int, LayerPatch], patch: Patch, before: str, name: str) -> str:
-    """Joins a patch to the layers so far, in place once all agrees; the relation."""
+def _join(parts: dict[tuple[int, int], LayerPatch], patch: Patch, before: str, name: str) -> str:
+    """Joins a patch to the parts so far, in place once all agrees; the relation."""
     shared = []
     for part in patch.layers:
-        found = layers.get(part.layer)
+        found = parts.get(_key(part))
         if found is not None:
             _check_alike(found, part, before, name)
             shared.append(_shared(found, part))
-    _check_one_model(layers, patch, before, name)
+    _check_one_model(parts.values(), patch, before, name)
     shared = [both for both in shared if len(both.neurons)]
     on_top = all(bool(both.on_top.all()) for both in shared)
     if not on_top and not all(bool(both.same_old.all()) for both in shared):
         turned = all(bool(both.below.all()) for both in shared)
         raise _conflict(
             f"{name} was made neither from the same weights as {before} nor on top of it",
-            [(both.layer, both.neurons[~(both.on_top & both.same_old)]) for both in shared],
+            [(both.place, both.neurons[~(both.on_top & both.same_old)]) for both in shared],
             "other old weights",
             f"{before} is on top of {name}: exchange them" if turned else "merge patches of one checkpoint",
         )
     if not on_top and not all(bool(both.agreed.all()) for both in shared):
         raise _conflict(
             f"{name} and {before} change the same neurons to other weights",
-            [(both.layer, both.neurons[~both.agreed]) for both in shared],
+            [(both.place, both.neurons[~both.agreed]) for both in shared],
             "other new weights",
             "leave one of them out, or make one on top of the other",
         )
-    joints = {both.layer: both for both in shared}
+    joints = {both.place: both for both in shared}
     for part in patch.layers:
-        found, both = layers.get(part.layer), joints.get(part.layer)
-        layers[part.layer] = part if found is None else _united(found, part, both, on_top)
+        found, both = parts.get(_key(part)), joints.get(part.place)
+        parts[_key(part)] = part if found is None else _united(found, part, both, on_top)
     return "disjoint" if not shared else "on top" if on_top else "same base"
 
 
@@ -147,7 +154,7 @@ def _shared(found: LayerPatch, part: LayerPatch) -> _Shared:
     old, new, their_old, their_new = found.old[mine], found.new[mine], part.old[theirs], part.new[theirs]
     idle = equal_rows(old, new) | equal_rows(their_old, their_new)
     return _Shared(
-        part.layer,
+        part.place,
         part.neurons[theirs],
         mine,
         theirs,
@@ -172,21 +179,22 @@ def _united(found: LayerPatch, part: LayerPatch, both: _Shared | None, on_top: b
 
 def _check_alike(found: LayerPatch, part: LayerPatch, before: str, name: str) -> None:
     ours, theirs = (
-        f"{p.weight}, axis {p.axis}, {p.old.shape[1]} weights a neuron, {p.old.dtype}" for p in (found, part)
+        f"{p.weight}, axis {p.axis}, offset {p.offset}, {p.width} weights a neuron, {p.old.dtype}"
+        for p in (found, part)
     )
     if ours != theirs:
         raise PatchError(
-            f"{name} and {before} are of other models (layer {part.layer})",
+            f"{name} and {before} are of other models ({part.place})",
             expected=ours,
             got=theirs,
             do="merge patches of one checkpoint, loaded in the same way",
         )
 
 
-def _check_one_model(layers: dict[int, LayerPatch], patch: Patch, before: str, name: str) -> None:
-    """What holds for patches of other layers too: one dtype, and one layer for a weight."""
-    dtype = next(iter(layers.values())).old.dtype
-    numbers = {part.weight: part.layer for part in layers.values()}
+def _check_one_model(parts: Collection[LayerPatch], patch: Patch, before: str, name: str) -> None:
+    """What holds for patches of other projections too: one dtype, and one layer for a weight."""
+    dtype = next(iter(parts)).old.dtype
+    numbers = {part.weight: part.layer for part in parts}
     moved = [part.weight for part in patch.layers if numbers.get(part.weight, part.layer) != part.layer]
     if patch.layers[0].old.dtype != dtype or moved:
         raise PatchError(
@@ -197,8 +205,8 @@ def _check_one_model(layers: dict[int, LayerPatch], patch: Patch, before: str, n
         )
 
 
-def _conflict(what: str, neurons: Sequence[tuple[int, Tensor]], kind: str, do: str) -> PatchError:
-    named = "; ".join(f"layer {layer}: {_listed(ids)}" for layer, ids in neurons if len(ids))
+def _conflict(what: str, neurons: Sequence[tuple[str, Tensor]], kind: str, do: str) -> PatchError:
+    named = "; ".join(f"{place}: {_listed(ids)}" for place, ids in neurons if len(ids))
     return PatchError(what, expected="patches that agree on the neurons they share", got=f"{kind} in {named}", do=do)
 
 

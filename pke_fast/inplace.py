@@ -14,7 +14,7 @@ from pke_fast.files import explained_write, remove, sync_folder, visible_files
 from pke_fast.journal import COPY, changing, journaled
 from pke_fast.patch import Patch
 from pke_fast.shards import other_weights, read_checkpoint
-from pke_fast.stored import find_targets, read_all, verify, write_neurons
+from pke_fast.stored import by_shard, find_targets, read_all, verify, write_neurons
 
 
 def patch_in_place(
@@ -48,9 +48,7 @@ def patch_in_place(
     with changing(folder) as recovered:
         tensors = read_checkpoint(folder)
         targets = find_targets(tensors, patch, folder)
-        rewritten: dict[str, list[str]] = {}
-        for target in targets:
-            rewritten.setdefault(target.tensor.shard, []).append(target.tensor.name)
+        rewritten = by_shard(targets)
         for shard in rewritten:
             _check_writable(folder, shard)
         patch.check(read_all(folder, targets), revert, f"the checkpoint {folder}")

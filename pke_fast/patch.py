@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,55 +14,12 @@ import pke_fast.ops  # noqa: F401  registers torch.ops.pke_fast
 from pke_fast import patch_file
 from pke_fast.errors import PatchError
 from pke_fast.kernels.sparse_columns import read_columns
+from pke_fast.layer_patch import DTYPES, PROJECTIONS, TENSORS, LayerPatch, check_weight, differing, incomplete, refuse
 
 if TYPE_CHECKING:
     from torch import nn
 
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-_REMAKE = "make the patch again with pke-fast edit"
-_PARTS = ("neurons", "old", "new")
-
-
-@dataclass(frozen=True, eq=False)
-class LayerPatch:
-    """What changes in one layer. The tensors are kept on the CPU and must not be changed.
-
-    Attributes:
-        layer: number of the decoder layer.
-        weight: name of the down projection's weight, as in `model.named_parameters()`.
-        axis: 1 where neurons are columns of a ``[d, D]`` weight, 0 where they are rows of a ``[D, d]`` weight.
-        neurons: int64 ``[n]``, ascending, at least one.
-        old, new: ``[n, d]`` in the weight's dtype (fp32, bf16 or fp16): each neuron's weights before and after.
-
-    Raises:
-        PatchError: the values don't agree with each other or with the above.
-    """
-
-    layer: int
-    weight: str
-    axis: int
-    neurons: Tensor
-    old: Tensor
-    new: Tensor
-
-    def __post_init__(self) -> None:
-        for part in _PARTS:
-            object.__setattr__(self, part, getattr(self, part).detach().to("cpu").contiguous())
-        where, ids = f"layer {self.layer} of the patch", self.neurons
-        if type(self.layer) is not int or self.layer < 0 or not isinstance(self.weight, str) or not self.weight:
-            _refuse(where, "a layer number and a weight's name", f"{self.layer!r}, {self.weight!r}")
-        if type(self.axis) is not int or self.axis not in (0, 1):
-            _refuse(where, "axis 0 or 1", repr(self.axis))
-        if ids.dtype != torch.int64 or ids.dim() != 1 or not len(ids):
-            _refuse(where, "one or more neuron ids, int64 [n]", f"{ids.dtype} {list(ids.shape)}")
-        if int(ids[0]) < 0 or bool((ids[1:] <= ids[:-1]).any()):
-            _refuse(where, "ascending neuron ids of 0 or more, each once", "ids that are negative or out of order")
-        shapes = f"old {list(self.old.shape)} {self.old.dtype}, new {list(self.new.shape)} {self.new.dtype}"
-        if self.old.dim() != 2 or self.old.shape != self.new.shape or len(self.old) != len(ids):
-            _refuse(where, f"old and new values of {len(ids)} neurons, [n, d]", shapes)
-        if self.old.dtype != self.new.dtype or self.old.dtype not in DTYPES:
-            _refuse(where, "old and new values both in fp32, bf16 or fp16", shapes)
+__all__ = ["LayerPatch", "Patch"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +27,8 @@ class Patch:
     """A sparse change of a model's weights.
 
     Attributes:
-        layers: the changed layers, ascending, at least one; all in one dtype.
+        layers: what changes, ascending by layer, then gate, up, down, at least one; all in one dtype. Each has a weight
+            of its own, but that gate and up may have other places of one (Phi-3's are fused).
         meta: what is known about the edit, JSON values only. `describe` and the error messages know the keys ``base``
             (``{"name", "fingerprint", ...}``), ``settings``, ``losses``, ``versions``, ``created`` and ``made_from``.
 
@@ -83,15 +41,25 @@ class Patch:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
-        numbers = [part.layer for part in self.layers]
-        if not numbers or numbers != sorted(set(numbers)) or len({part.weight for part in self.layers}) < len(numbers):
-            _refuse("the patch", "one or more layers, ascending, each with a weight of its own", str(numbers))
+        order = [(part.layer, PROJECTIONS.index(part.projection)) for part in self.layers]
+        if not order or order != sorted(set(order)):
+            refuse("the patch", "one or more layers, ascending, with gate, up and down in this order",
+                   ", ".join(part.place for part in self.layers))  # fmt: skip
+        for weight in dict.fromkeys(part.weight for part in self.layers):
+            _check_apart([part for part in self.layers if part.weight == weight])
         if len({part.old.dtype for part in self.layers}) > 1:
-            _refuse("the patch", "one dtype", ", ".join(sorted({DTYPES[part.old.dtype] for part in self.layers})))
+            refuse("the patch", "one dtype", ", ".join(sorted({DTYPES[part.old.dtype] for part in self.layers})))
+
+    def by_layer(self) -> dict[int, Tensor]:
+        """Each changed layer's neurons, int64, ascending, each once whichever of its weights change."""
+        found: dict[int, list[Tensor]] = {}
+        for part in self.layers:
+            found.setdefault(part.layer, []).append(part.neurons)
+        return {layer: torch.cat(ids).unique() for layer, ids in found.items()}
 
     @property
     def n_neurons(self) -> int:
-        return sum(len(part.neurons) for part in self.layers)
+        return sum(map(len, self.by_layer().values()))
 
     @property
     def dtype(self) -> str:
@@ -101,8 +69,8 @@ class Patch:
     def describe(self) -> dict[str, Any]:
         """What the patch is, as JSON values: for `pke-fast show`.
 
-        ``layers`` has ``layer``, ``weight``, ``axis``, ``neurons`` (how many), ``width`` (weights a neuron) and
-        ``relative_change`` (of the changed neurons: Frobenius norm of new - old over that of old; None where old is 0).
+        ``layers`` has, for each projection that changes, ``layer``, ``projection``, ``weight``, ``axis``, ``offset``,
+        ``neurons`` (how many), ``width`` (weights a neuron) and ``relative_change`` (see `LayerPatch`).
         """
         settings = self.meta.get("settings")
         return {
@@ -112,11 +80,13 @@ class Patch:
             "layers": [
                 {
                     "layer": part.layer,
+                    "projection": part.projection,
                     "weight": part.weight,
                     "axis": part.axis,
+                    "offset": part.offset,
                     "neurons": len(part.neurons),
-                    "width": part.old.shape[1],
-                    "relative_change": _relative_change(part),
+                    "width": part.width,
+                    "relative_change": part.relative_change,
                 }
                 for part in self.layers
             ],
@@ -161,10 +131,10 @@ class Patch:
             raise
 
     def check(self, found: Sequence[Tensor], revert: bool, where: str) -> None:
-        """Compares the values that are there now, ``[n, d]`` for each layer, with those the patch expects there.
+        """Compares the values that are there now, ``[n, d]`` for each of `layers`, with those the patch expects there.
 
         Raises:
-            PatchError: they differ in a bit. The message names the layers, and says if the patch is there already.
+            PatchError: they differ in a bit. The message names the projections, and says if the patch is there already.
         """
         expected = [part.new if revert else part.old for part in self.layers]
         counts = [differing(values, want) for values, want in zip(found, expected, strict=True)]
@@ -178,15 +148,15 @@ class Patch:
                 else f"the patch is already applied to {where}",
                 do="nothing is left to do" if revert else "nothing is left to do; revert takes it back",
             )
-        layers = ", ".join(
-            f"layer {part.layer} ({count} of {len(part.neurons)} neurons)"
+        places = ", ".join(
+            f"{part.place} ({count} of {len(part.neurons)} neurons)"
             for part, count in zip(self.layers, counts, strict=True)
             if count
         )
         raise PatchError(
-            f"the patch does not fit {where}: the weights differ in {layers}",
+            f"the patch does not fit {where}: the weights differ in {places}",
             expected=f"bit for bit the weights {'it wrote' if revert else 'it was made from'}{self._base()}",
-            got=f"other weights in {sum(map(bool, counts))} of {len(counts)} layers",
+            got=f"other weights in {sum(map(bool, counts))} of {len(counts)} projections",
             do="use the very checkpoint that was edited (a fine-tuned, otherwise patched or quantised one, such as a "
             "GGUF of the same model, has other weights), or make a patch for this one with pke-fast edit",
         )
@@ -205,11 +175,20 @@ class Patch:
         patch_file.write(path, self.content())
 
     def content(self) -> patch_file.Content:
-        """What its file holds."""
-        layers = [{"layer": part.layer, "weight": part.weight, "axis": part.axis} for part in self.layers]
+        """What its file holds: in version 1, which every pke_fast reads, where it can say all there is to say."""
+        version = 1 if all((part.projection, part.offset) == ("down", 0) for part in self.layers) else 2
+        layers: list[dict[str, Any]] = []
+        for part in self.layers:
+            layers.append({"layer": part.layer, "weight": part.weight, "axis": part.axis})
+            if version > 1:
+                layers[-1] |= {"projection": part.projection, "offset": part.offset}
         # The int64 tensors come first: every tensor is then aligned to its dtype in the file.
-        tensors = {f"layers.{part.layer}.{name}": getattr(part, name) for name in _PARTS for part in self.layers}
-        return patch_file.Content(layers, tensors, self.meta)
+        tensors = {
+            f"{_prefix(entry)}.{name}": getattr(part, name)
+            for name in TENSORS
+            for part, entry in zip(self.layers, layers, strict=True)
+        }
+        return patch_file.Content(version, layers, tensors, self.meta)
 
     @classmethod
     def load(cls, path: str | Path) -> Patch:
@@ -220,18 +199,29 @@ class Patch:
         """
         content = patch_file.read(path)
         try:
-            layers = tuple(
-                LayerPatch(
-                    entry["layer"],
-                    entry["weight"],
-                    entry["axis"],
-                    *(content.tensors[f"layers.{entry['layer']}.{name}"] for name in _PARTS),
-                )
-                for entry in content.layers
-            )
+            layers = []
+            for entry in content.layers:
+                tensors: dict[str, Any] = {name: content.tensors[f"{_prefix(entry)}.{name}"] for name in TENSORS}
+                layers.append(LayerPatch(**entry, **tensors))
         except (KeyError, TypeError) as error:
-            raise PatchError(f"the patch {path} is incomplete", got=f"no {error}", do=_REMAKE) from error
-        return cls(layers, content.meta)
+            raise incomplete(path, error) from error
+        return cls(tuple(layers), content.meta)
+
+
+def _prefix(entry: Mapping[str, Any]) -> str:
+    """Of the names of a part's tensors in the file."""
+    return f"layers.{entry['layer']}" + (f".{entry['projection']}" if "projection" in entry else "")
+
+
+def _check_apart(parts: Sequence[LayerPatch]) -> None:
+    """Refuses parts of one weight that aren't gate and up of one layer, each with places of its own in it."""
+    if len(parts) == 1:
+        return
+    places = torch.cat([part.index for part in parts])
+    alike = {(part.layer, part.axis, part.width) for part in parts}
+    if len(alike) > 1 or any(part.projection == "down" for part in parts) or len(places.unique()) < len(places):
+        refuse("the patch", "each projection with a weight of its own, or gate and up with other places of one",
+               f"{parts[0].weight} in {' and '.join(part.place for part in parts)}")  # fmt: skip
 
 
 def _weight(model: nn.Module, part: LayerPatch) -> Tensor:
@@ -254,57 +244,11 @@ def _weight(model: nn.Module, part: LayerPatch) -> Tensor:
     return weight
 
 
-def check_weight(part: LayerPatch, where: str, shape: tuple[int, ...], dtype: str) -> None:
-    """Checks that a weight of this shape and dtype (``fp32``...) can be changed by the part; PatchError otherwise."""
-    width, highest = part.old.shape[1], int(part.neurons[-1])
-    if len(shape) != 2 or shape[1 - part.axis] != width or shape[part.axis] <= highest:
-        sizes = ["d", "d"]
-        sizes[part.axis], sizes[1 - part.axis] = f"more than {highest}", str(width)
-        raise PatchError(
-            f"{part.weight} of {where} has another shape than the patch was made for (layer {part.layer})",
-            expected=f"[{', '.join(sizes)}]",
-            got=str(list(shape)),
-            do="use the model that was edited",
-        )
-    made = DTYPES[part.old.dtype]
-    if dtype != made:
-        raise PatchError(
-            f"the patch was made in {made}, and {part.weight} of {where} is in {dtype}",
-            expected=made,
-            got=dtype,
-            do=f"load the model with --dtype {made}, or make the patch again with pke-fast edit --dtype {dtype}",
-        )
-
-
-def _index(weight: Tensor, part: LayerPatch) -> Tensor:
-    return part.neurons.to(weight.device)
-
-
 def _read(weight: Tensor, part: LayerPatch) -> Tensor:
     """The neurons' weights as they are now, ``[n, d]`` on the CPU."""
-    return read_columns(weight.detach(), part.axis, _index(weight, part)).to("cpu")
+    return read_columns(weight.detach(), part.axis, part.index.to(weight.device)).to("cpu")
 
 
 def _write(weight: Tensor, part: LayerPatch, values: Tensor) -> None:
     with torch.no_grad():
-        torch.ops.pke_fast.write_columns(weight, part.axis, _index(weight, part), values.to(weight.device))
-
-
-def differing(found: Tensor, expected: Tensor) -> int:
-    """Number of rows that differ in a bit. Compared as integers: NaN equals itself, and -0 is not 0."""
-    return int((~equal_rows(found, expected)).sum())
-
-
-def equal_rows(a: Tensor, b: Tensor) -> Tensor:
-    """Which rows of two ``[n, d]`` of one dtype are equal bit for bit: bool ``[n]``."""
-    bits = _BITS[a.dtype]
-    return (a.view(bits) == b.view(bits)).all(dim=1)
-
-
-def _relative_change(part: LayerPatch) -> float | None:
-    size = float(torch.linalg.vector_norm(part.old.double()))
-    return float(torch.linalg.vector_norm(part.new.double() - part.old.double())) / size if size else None
-
-
-def _refuse(where: str, expected: str, got: str) -> NoReturn:
-    raise PatchError(f"{where} is not valid", expected=expected, got=got, do=_REMAKE)
+        torch.ops.pke_fast.write_columns(weight, part.axis, part.index.to(weight.device), values.to(weight.device))

@@ -16,7 +16,7 @@ from pke_fast.errors import PatchError
 from pke_fast.files import atomic_write
 
 FORMAT = "pke_fast.patch"
-VERSION = 1
+VERSIONS = (1, 2)  # 2 names the projection of each part; 1 has down projections alone
 CODES = {
     torch.int64: "I64",
     torch.float32: "F32",
@@ -39,11 +39,13 @@ class Content:
     """What a patch file holds.
 
     Attributes:
-        layers: one object of JSON values for each layer.
+        version: of the format.
+        layers: one object of JSON values for each part.
         tensors: by name, on the CPU, contiguous; int64, fp32, bf16 or fp16.
         meta: JSON values.
     """
 
+    version: int
     layers: list[dict[str, Any]]
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
@@ -63,7 +65,7 @@ def pieces(content: Content) -> Iterator[bytes]:
     """The bytes of the file, a tensor at a time."""
     metadata = {
         "format": FORMAT,
-        "version": str(VERSION),
+        "version": str(content.version),
         "meta": json.dumps(content.meta, sort_keys=True),
         "layers": json.dumps(content.layers),
         "sha256": json.dumps({name: _digest(tensor) for name, tensor in content.tensors.items()}),
@@ -106,7 +108,7 @@ def read(path: str | Path) -> Content:
     rest = _checked_metadata(path, metadata)
     try:
         digests = json.loads(rest["sha256"])
-        content = Content(json.loads(rest["layers"]), tensors, json.loads(rest["meta"]))
+        content = Content(int(rest["version"]), json.loads(rest["layers"]), tensors, json.loads(rest["meta"]))
     except (KeyError, json.JSONDecodeError) as error:
         raise PatchError(f"the patch {path} is damaged", got=f"incomplete metadata: {error}", do=_AGAIN) from error
     bad = [name for name in digests if name not in tensors or _digest(tensors[name]) != digests[name]]
@@ -131,10 +133,10 @@ def _checked_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, str]
                 got="a safetensors file of something else, or a damaged one",
             )
         raise PatchError(f"the patch {path} is damaged", got="metadata that differ from their checksum", do=_AGAIN)
-    if rest.get("version") != str(VERSION):
+    if rest.get("version") not in [str(version) for version in VERSIONS]:
         raise PatchError(
             f"{path} is a patch of format version {rest.get('version')}",
-            expected=f"version {VERSION}, which this pke_fast reads",
+            expected=f"version {' or '.join(map(str, VERSIONS))}, which this pke_fast reads",
             do="install a newer pke_fast: the one that wrote it, at least",
         )
     return rest

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from pke_fast.errors import PatchError, PKEError
-from pke_fast.patch import LayerPatch, Patch, check_weight, differing
+from pke_fast.layer_patch import LayerPatch, check_weight, differing
+from pke_fast.patch import Patch
 from pke_fast.shards import StoredTensor
 
 # Bytes read or written at once. At 1 MiB and more, writing was up to six times slower (Linux 6.18, ext4: huge pages).
@@ -25,19 +26,29 @@ BITS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<u4"), "BF16": np.dtype("<u2"
 
 @dataclass(frozen=True)
 class Target:
-    """A layer of a patch and the stored tensor that it changes."""
+    """A part of a patch and the stored tensor that it changes, which another part may change at other places."""
 
     part: LayerPatch
     tensor: StoredTensor
 
 
 def find_targets(tensors: dict[str, StoredTensor], patch: Patch, source: Path) -> list[Target]:
-    """Where each layer of the patch is in the checkpoint.
+    """Where each part of the patch is in the checkpoint.
 
     Raises:
         PatchError: the checkpoint lacks a weight of the patch, or has it in another shape or dtype.
     """
     return [_find(tensors, part, source) for part in patch.layers]
+
+
+def by_shard(targets: Iterable[Target]) -> dict[str, list[str]]:
+    """The names of the tensors that change, each once, by shard."""
+    found: dict[str, list[str]] = {}
+    for target in targets:
+        names = found.setdefault(target.tensor.shard, [])
+        if target.tensor.name not in names:
+            names.append(target.tensor.name)
+    return found
 
 
 def names_of(tensors: Iterable[str], wanted: str) -> list[str]:
@@ -80,7 +91,7 @@ def read_all(folder: Path, targets: Sequence[Target]) -> list[Tensor]:
 def read_neurons(file: FileIO, target: Target) -> Tensor:
     """The neurons' weights in an open shard, ``[n, d]`` in the patch's dtype."""
     part, tensor = target.part, target.tensor
-    ids, bits = part.neurons.numpy(), BITS[tensor.dtype]
+    ids, bits = part.index.numpy(), BITS[tensor.dtype]
     values = np.empty(part.old.shape, bits)
     if part.axis == 0:
         for row, first, end in _runs(ids, tensor, bits):
@@ -98,7 +109,7 @@ def write_neurons(file: FileIO, target: Target, new: Tensor, source: FileIO | No
     with the other neurons' bytes as they are, or as they are in `source`: then the whole tensor is written.
     """
     part, tensor = target.part, target.tensor
-    ids, bits = part.neurons.numpy(), BITS[tensor.dtype]
+    ids, bits = part.index.numpy(), BITS[tensor.dtype]
     values = new.view(torch.int32 if bits.itemsize == 4 else torch.int16).numpy().view(bits)
     row_bytes = tensor.shape[1] * bits.itemsize
     if part.axis == 0:
@@ -118,8 +129,9 @@ def copy_shard(shard: Path, copy: Path, targets: Sequence[tuple[Target, Tensor]]
     with FileIO(shard) as source, FileIO(copy, "w+") as file:
         position = 0
         for target, new in sorted(targets, key=lambda pair: pair[0].tensor.offset):
+            begun = target.tensor.offset < position  # by another part of a fused weight
             _copy_range(source, file, position, target.tensor.offset)
-            write_neurons(file, target, new, source)
+            write_neurons(file, target, new, None if begun else source)
             position = target.tensor.offset + target.tensor.size
         _copy_range(source, file, position, shard.stat().st_size)
 
@@ -175,7 +187,7 @@ def _read_rows(file: FileIO, tensor: StoredTensor, bits: np.dtype[Any], first: i
 
 
 def _runs(ids: np.ndarray[Any, Any], tensor: StoredTensor, bits: np.dtype[Any]) -> Iterator[tuple[int, int, int]]:
-    """Neurons that are neighbours, in bands: the place in `ids`, the first neuron and the end."""
+    """Rows that are neighbours, in bands: the place in `ids`, the first row and the end."""
     starts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 2) != 1)
     for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(ids)], strict=True):
         for first, end in row_bands(stop - start, tensor.shape[1] * bits.itemsize):

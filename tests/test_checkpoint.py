@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from neuron_patches import DOWN, PLACES, all_of, part_of
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,18 +23,14 @@ from pke_fast.errors import InputError, PatchError, PKEError
 from pke_fast.patch import LayerPatch, Patch
 from pke_fast.testing import tiny_model
 
-WEIGHTS = {"llama": ("model.layers.{}.mlp.down_proj.weight", 1), "gpt2": ("transformer.h.{}.mlp.c_proj.weight", 0)}
 
-
-def make_patch(model: nn.Module, name: str, axis: int, layers: tuple[int, ...] = (1, 2)) -> Patch:
-    parts = []
-    for layer in layers:
-        weight = model.get_parameter(name.format(layer)).detach()
-        ids = torch.tensor([0, 7, 8, 47])
-        old = weight[ids] if axis == 0 else weight[:, ids].T
+def make_patch(model: nn.Module, family: str = "llama", kinds: tuple[str, ...] = DOWN) -> Patch:
+    def change(old: Tensor) -> Tensor:
         new = old * 1.5 + 0.25
         new[0, 0], new[1, 1] = -0.0, float("nan")
-        parts.append(LayerPatch(layer, name.format(layer), axis, ids, old, new))
+        return new
+
+    parts = [part_of(model, family, kind, layer, [0, 7, 8, 47], change) for layer in (1, 2) for kind in kinds]
     return Patch(tuple(parts), {"base": {"name": "tiny"}})
 
 
@@ -64,10 +61,10 @@ def saved(tmp_path: Path) -> tuple[Path, Patch]:
     (source / "sub" / "notes.txt").write_text("notes")
     (source / ".cache").mkdir()
     (source / ".cache" / "x").write_text("x")
-    return source, make_patch(model, *WEIGHTS["llama"])
+    return source, make_patch(model)
 
 
-@pytest.mark.parametrize("family", WEIGHTS)
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(("shard", "band"), [("15KB", 200), ("1GB", stored.BAND)])
 def test_apply_and_revert_are_exact(
@@ -75,21 +72,22 @@ def test_apply_and_revert_are_exact(
 ) -> None:
     monkeypatch.setattr(stored, "BAND", band)  # 200 bytes: one or two rows
     model = tiny_model(family, dtype=dtype)
-    name, axis = WEIGHTS[family]
     source, patched, back = tmp_path / "source", tmp_path / "patched", tmp_path / "back"
     model.save_pretrained(source, max_shard_size=shard)
     assert (source / "model.safetensors").exists() == (shard == "1GB")
     before = snapshot(source)
-    patch = make_patch(model, name, axis)
+    patch = make_patch(model, family, all_of(family))
     done = patch_checkpoint(source, patch, patched)
     assert snapshot(source) == before
-    assert sorted([name for names in done["rewritten"].values() for name in names]) == [
-        part.weight for part in patch.layers
-    ]
+    assert sorted([name for names in done["rewritten"].values() for name in names]) == sorted(
+        {part.weight for part in patch.layers}
+    )
+    assert done["neurons"] == 8
     expected = tensors(source)
     for part in patch.layers:
         for row, neuron in enumerate(part.neurons.tolist()):
-            expected[part.weight].select(axis, neuron).copy_(part.new[row])
+            _, axis, offset = PLACES[family][part.projection]
+            expected[part.weight].select(axis, neuron + offset).copy_(part.new[row])
     written = tensors(patched)
     assert {key: raw(value) for key, value in written.items()} == {key: raw(value) for key, value in expected.items()}
     patch.apply(model)  # in memory and on disk: the same
@@ -166,7 +164,7 @@ def test_a_hub_cache_of_links_to_blobs(saved: tuple[Path, Patch], tmp_path: Path
 @pytest.mark.parametrize(("family", "prefix"), [("llama", "model."), ("gpt2", "transformer.")])
 def test_names_may_lack_or_have_a_prefix(family: str, prefix: str, tmp_path: Path) -> None:
     model = tiny_model(family, dtype="bf16")
-    patch = make_patch(model, *WEIGHTS[family])
+    patch = make_patch(model, family)
     model.base_model.save_pretrained(tmp_path / "bare")
     assert all(not name.startswith(prefix) for name in tensors(tmp_path / "bare"))
     done = patch_checkpoint(tmp_path / "bare", patch, tmp_path / "out")
@@ -188,7 +186,7 @@ def test_names_may_lack_or_have_a_prefix(family: str, prefix: str, tmp_path: Pat
 
 def test_data_that_is_not_aligned(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    name, axis = WEIGHTS["llama"]
+    name = PLACES["llama"]["down"][0]
     (tmp_path / "source").mkdir()
     values = {name.format(layer): model.get_parameter(name.format(layer)).detach() for layer in (1, 2)}
     entries: dict[str, Any] = {"odd": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]}}
@@ -199,7 +197,7 @@ def test_data_that_is_not_aligned(tmp_path: Path) -> None:
         data += raw(value)
     header = json.dumps(entries).encode() + b" " * 3
     (tmp_path / "source" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
-    patch = make_patch(model, name, axis)
+    patch = make_patch(model)
     patch_checkpoint(tmp_path / "source", patch, tmp_path / "out")
     patch.apply(model)
     assert all(raw(tensors(tmp_path / "out")[key]) == raw(model.get_parameter(key)) for key in values)
@@ -222,7 +220,7 @@ def test_other_weights_are_refused(saved: tuple[Path, Patch], tmp_path: Path) ->
     refused(tmp_path / "patched", patch, "already applied to the checkpoint")
     one = tmp_path / "one"
     patch_checkpoint(source, Patch(patch.layers[1:], {}), one)
-    refused(one, patch, r"differ in layer 2 \(4 of 4 neurons\)\n")
+    refused(one, patch, r"differ in layer 2's down projection \(4 of 4 neurons\)\n")
     tiny_model("llama", dtype="fp32").save_pretrained(tmp_path / "fp32")
     refused(tmp_path / "fp32", patch, r"made in bf16[\s\S]*is in fp32[\s\S]*pke-fast edit --dtype fp32")
     tiny_model("gpt2", dtype="bf16").save_pretrained(tmp_path / "gpt2")

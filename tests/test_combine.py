@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,14 +18,14 @@ BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: 
 
 
 class Model(nn.Module):
-    """Two weights of eight neurons of five: columns of the first, rows of the second."""
+    """Two down projections of eight neurons of five, columns of the first, rows of the second; a fused gate and up."""
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        for layer, shape in enumerate([(5, 8), (8, 5)]):
+        for name, shape in {"w0": (5, 8), "w1": (8, 5), "fused": (16, 5)}.items():
             weight = torch.randn(shape, generator=generator).to(dtype)
-            self.register_parameter(f"w{layer}", nn.Parameter(weight))
+            self.register_parameter(name, nn.Parameter(weight))
 
 
 def patch_of(model: nn.Module, neurons: dict[int, Sequence[int]], by: float = 1.0, **meta: object) -> Patch:
@@ -35,6 +36,16 @@ def patch_of(model: nn.Module, neurons: dict[int, Sequence[int]], by: float = 1.
         old = (weight if layer else weight.T)[list(ids)].contiguous()
         parts.append(LayerPatch(layer, f"w{layer}", 1 - layer, torch.tensor(ids), old, old + by))
     return Patch(tuple(parts), meta)
+
+
+def inputs_of(model: nn.Module, neurons: dict[str, Sequence[int]], by: float = 1.0) -> Patch:
+    """As `patch_of`, of gate and up of layer 0."""
+    parts = []
+    for kind, ids in neurons.items():
+        offset = 8 if kind == "up" else 0
+        old = model.get_parameter("fused").detach()[torch.tensor(ids) + offset]
+        parts.append(LayerPatch(0, "fused", 0, torch.tensor(ids), old, old + by, kind, offset))
+    return Patch(tuple(parts), {})
 
 
 def bits(model: nn.Module) -> list[list[int]]:
@@ -87,8 +98,43 @@ def test_patches_on_top_of_each_other_chain() -> None:
     assert bits(model) == before
     merged.apply(model)
     assert bits(model) == after
-    with pytest.raises(PatchError, match=r"neither[\s\S]*layer 0: neuron 1; layer 1: neuron 2\n[\s\S]*exchange them"):
+    with pytest.raises(
+        PatchError,
+        match=r"neither[\s\S]*layer 0's down projection: neuron 1; layer 1's .*: neuron 2\n[\s\S]*exchange them",
+    ):
         merge([patches[1], patches[0]])
+
+
+def test_weights_of_other_projections_are_no_shared_ones() -> None:
+    """One neuron's gate, up and down unite; on the same projection they chain or conflict by its name."""
+    model = Model()
+    before = bits(model)
+    gate, up, down = inputs_of(model, {"gate": [1, 3]}), inputs_of(model, {"up": [1, 2]}), patch_of(model, {0: [1, 6]})
+    merged = merge([down, up, gate])
+    assert [p["relation"] for p in merged.meta["made_from"]["patches"]] == ["first", "disjoint", "disjoint"]
+    assert [(p.projection, p.neurons.tolist()) for p in merged.layers] == [
+        ("gate", [1, 3]), ("up", [1, 2]), ("down", [1, 6]),
+    ]  # fmt: skip
+    assert merged.n_neurons == 4
+    merged.apply(model)
+    after = bits(model)
+    on_top = inputs_of(model, {"gate": [3, 5], "up": [2]})
+    both = merge([merged, on_top])
+    assert both.meta["made_from"]["patches"][1]["relation"] == "on top"
+    on_top.apply(model)
+    beyond = bits(model)
+    both.revert(model)
+    assert bits(model) == before
+    both.apply(model)
+    assert bits(model) == beyond != after
+    half = scale(inputs_of(Model(), {"gate": [1], "up": [2]}, by=0.5), 0.5)
+    for part in half.layers:
+        assert equal(part.new, (part.old.float() + 0.5 * ((part.old + 0.5).float() - part.old.float())).bfloat16())
+    with pytest.raises(PatchError, match=r"other new weights in layer 0's up projection: neuron 1\n"):
+        merge([merged, inputs_of(Model(), {"gate": [5], "up": [1]}, by=2.0)])
+    (part,) = inputs_of(Model(), {"up": [3]}).layers
+    with pytest.raises(PatchError, match=r"of other models \(layer 0's up projection\)[\s\S]*offset 8[\s\S]*offset 9"):
+        merge([merged, Patch((replace(part, offset=9),), {})])
 
 
 def test_the_same_change_twice_is_one(tmp_path) -> None:
@@ -117,14 +163,18 @@ def test_conflicts_are_named_and_refused() -> None:
     model = Model()
     base = patch_of(model, {0: [1, 2, 5], 1: [0]})
     other = patch_of(model, {0: [2, 5, 6], 1: [1]}, by=2.0)
-    with pytest.raises(PatchError, match=r"b and a change the same neurons[\s\S]*in layer 0: neurons 2, 5\n"):
+    with pytest.raises(
+        PatchError, match=r"b and a change the same neurons[\s\S]*in layer 0's down projection: neurons 2, 5\n"
+    ):
         merge([base, other], ["a", "b"])
     base.apply(model)
     mixed = patch_of(model, {0: [1, 2]})  # on top where it shares neurons with base
     old = torch.cat([base.layers[0].old[:1], mixed.layers[0].old[1:]])  # of the base, and on top
     left = Patch((LayerPatch(0, "w0", 1, torch.tensor([1, 2]), old, mixed.layers[0].new),), {})
     merge([base, mixed])
-    with pytest.raises(PatchError, match=r"neither from the same weights[\s\S]*layer 0: neurons 1, 2\n"):
+    with pytest.raises(
+        PatchError, match=r"neither from the same weights[\s\S]*layer 0's down projection: neurons 1, 2\n"
+    ):
         merge([base, left])
     with pytest.raises(InputError, match=r"two patches or more\n  got: 1"):
         merge([base])
@@ -182,7 +232,9 @@ def test_what_cannot_be_scaled_is_refused() -> None:
     new[1] = 4000.0
     part = LayerPatch(2, "w", 1, torch.tensor([4, 6, 9]), old.half(), new.half())
     patch = Patch((part,), {})
-    with pytest.raises(PatchError, match=r"weights of layer 2 are too large for torch.float16[\s\S]*in neuron 6\n"):
+    with pytest.raises(
+        PatchError, match=r"weights of layer 2's down projection are too large for torch.float16[\s\S]*in neuron 6\n"
+    ):
         scale(patch, 30.0)
     for by in (float("nan"), float("inf")):
         with pytest.raises(InputError, match="a finite number"):

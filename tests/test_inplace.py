@@ -28,23 +28,34 @@ from pke_fast.journal import COPY, JOURNAL, UNFINISHED, recover
 from pke_fast.patch import LayerPatch, Patch
 from pke_fast.shards import read_checkpoint
 
-NAMES = ["h.{}.down.weight", "h.{}.c_proj.weight"]  # neurons are columns of the first and rows of the second
+# By layer, a Linear's and a Conv1D's: projection, its weight's name and shape, the axis and where neuron 0 is.
+PLACES: list[list[tuple[Any, str, list[int], int, int]]] = [
+    [
+        ("gate", "h.0.gate_up.weight", [18, 5], 0, 0),
+        ("up", "h.0.gate_up.weight", [18, 5], 0, 9),
+        ("down", "h.0.down.weight", [5, 9], 1, 0),
+    ],
+    [("gate", "h.1.c_fc.weight", [5, 9], 1, 0), ("down", "h.1.c_proj.weight", [9, 5], 0, 0)],
+]
 BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
-def part_of(layer: int, name: str, axis: int, weight: Tensor) -> LayerPatch:
+def part_of(layer: int, name: str, axis: int, weight: Tensor, kind: Any = "down", offset: int = 0) -> LayerPatch:
     ids = torch.tensor([0, 2, 3, 8])
-    old = (weight[ids] if axis == 0 else weight[:, ids].T).contiguous()
+    old = (weight[ids + offset] if axis == 0 else weight[:, ids + offset].T).contiguous()
     new = (old.view(BITS[old.dtype]) ^ 0x0101).view(old.dtype)  # both bytes of every value change
-    return LayerPatch(layer, name, axis, ids, old, new)
+    return LayerPatch(layer, name, axis, ids, old, new, kind, offset)
 
 
 def make(folder: Path, dtype: torch.dtype = torch.bfloat16, one_file: bool = False) -> Patch:
-    """A checkpoint with columns in one shard and rows in another (and a third shard), and a patch of both."""
+    """A checkpoint with a layer in each of two shards (and a third shard), and a patch of all of their projections."""
     generator = torch.Generator().manual_seed(0)
-    columns, rows = (torch.randn(shape, generator=generator).to(dtype) for shape in ([5, 9], [9, 5]))
-    names = [name.format(layer) for layer, name in enumerate(NAMES)]
-    files = [{"odd": torch.ones(3, dtype=torch.uint8), names[0]: columns}, {names[1]: rows}, {"norm": torch.ones(5)}]
+    files: list[dict[str, Tensor]] = [{"odd": torch.ones(3, dtype=torch.uint8)}, {}, {"norm": torch.ones(5)}]
+    parts = []
+    for layer, places in enumerate(PLACES):
+        for kind, name, shape, axis, offset in places:
+            weight = files[layer].setdefault(name, torch.randn(shape, generator=generator).to(dtype))
+            parts.append(part_of(layer, name, axis, weight, kind, offset))
     folder.mkdir()
     if one_file:
         save_file({name: value for file in files for name, value in file.items()}, folder / "model.safetensors")
@@ -54,7 +65,6 @@ def make(folder: Path, dtype: torch.dtype = torch.bfloat16, one_file: bool = Fal
         index = {name: f"model-{i}.safetensors" for i, file in enumerate(files) for name in file}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     (folder / "config.json").write_text("{}")
-    parts = [part_of(0, names[0], 1, columns), part_of(1, names[1], 0, rows)]
     return Patch(tuple(parts), {"base": {"name": "tiny"}})
 
 
@@ -84,6 +94,9 @@ def test_in_place_equals_the_copy(tmp_path: Path, dtype: torch.dtype, one_file: 
     assert done["own_copies"] == []
     assert done["recovered"] is None
     assert len(done["rewritten"]) == (1 if one_file else 2)
+    assert sorted(name for names in done["rewritten"].values() for name in names) == sorted(
+        {name for places in PLACES for _, name, *_ in places}
+    )
     assert {path.name: path.stat().st_ino for path in (tmp_path / "model").iterdir()} == inodes
     assert patch_in_place(tmp_path / "model", patch, revert=True)["reverted"]
     assert state(tmp_path / "model") == before
@@ -287,7 +300,8 @@ def test_a_journal_of_other_weights_changes_nothing(tmp_path: Path) -> None:
         with pytest.raises(PatchError, match=r"journal .* is damaged[\s\S]*get the checkpoint anew"):
             recover(model)
     (model / JOURNAL).write_bytes(left[JOURNAL])
-    save_file({"h.0.down.weight": torch.zeros(5, 9, dtype=torch.bfloat16), "odd": torch.ones(3)}, shard)
+    moved = {name: torch.zeros(shape, dtype=torch.bfloat16) for _, name, shape, *_ in PLACES[0]}
+    save_file({**moved, "odd": torch.ones(3)}, shard)
     with pytest.raises(PatchError, match=r"does not belong[\s\S]*elsewhere"):
         recover(model)
     patch.save(model / JOURNAL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -29,29 +30,41 @@ META = {
 }
 
 
+KINDS = [("down",), ("up",), ("gate", "up", "down")]
+
+
 def tiny(axis: int, dtype: str, seed: int = 0, layers: int = 3) -> nn.Module:
-    """Layers with a weight of [4, 7] (7 neurons as columns) or [7, 4] (as rows), awkward values among them."""
+    """Layers of 7 neurons of 4, awkward values among them: as a Linear stores them, or (axis 0) a Conv1D.
+
+    ``weight`` is their down projection, [4, 7] or [7, 4]; ``fused`` is gate's and up's, [14, 4] or [4, 14].
+    """
     generator = torch.Generator().manual_seed(seed)
     model = nn.Module()
     model.layers = nn.ModuleList()
     for _ in range(layers):
-        weight = torch.randn((4, 7) if axis == 1 else (7, 4), generator=generator).to(DTYPES[dtype])
-        weight[0, 0], weight[1, 1], weight[2, 2], weight[3, 3] = float("nan"), -0.0, float("inf"), 1e-41
         layer = nn.Module()
-        layer.weight = nn.Parameter(weight)
+        for name, shape in (("weight", (4, 7)), ("fused", (14, 4))):
+            weight = torch.randn(shape if axis == 1 else shape[::-1], generator=generator).to(DTYPES[dtype])
+            weight[0, 0], weight[1, 1], weight[2, 2], weight[3, 3] = float("nan"), -0.0, float("inf"), 1e-41
+            layer.register_parameter(name, nn.Parameter(weight))
         model.layers.append(layer)
     return model
 
 
-def make_patch(model: nn.Module, axis: int, layers: tuple[int, ...] = (0, 2), meta: Any = META) -> Patch:
+def make_patch(
+    model: nn.Module, axis: int, layers: tuple[int, ...] = (0, 2), meta: Any = META, kinds: Any = ("down",)
+) -> Patch:
+    """A patch of the projections; `axis` is the down projection's."""
     parts = []
     for layer in layers:
-        weight = model.get_parameter(f"layers.{layer}.weight").detach()
-        ids = torch.tensor([0, 1, 3, 6])
-        old = weight[ids] if axis == 0 else weight[:, ids].T
-        new = old * 1.5 + 0.25
-        new[0, 0], new[1, 1] = -0.0, float("nan")
-        parts.append(LayerPatch(layer, f"layers.{layer}.weight", axis, ids, old, new))
+        for kind in kinds:
+            name = f"layers.{layer}.{'weight' if kind == 'down' else 'fused'}"
+            weight, side = model.get_parameter(name).detach(), axis if kind == "down" else 1 - axis
+            ids, offset = torch.tensor([0, 1, 3, 6]), 7 if kind == "up" else 0
+            old = weight[ids + offset] if side == 0 else weight[:, ids + offset].T
+            new = old * 1.5 + 0.25
+            new[0, 0], new[1, 1] = -0.0, float("nan")
+            parts.append(LayerPatch(layer, name, side, ids, old, new, kind, offset))
     return Patch(tuple(parts), dict(meta))
 
 
@@ -69,7 +82,8 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def content(patch: Patch) -> tuple[Any, ...]:
     parts = [
-        (p.layer, p.weight, p.axis, p.old.dtype, p.neurons.tolist(), *map(raw, (p.old, p.new))) for p in patch.layers
+        (p.layer, p.weight, p.axis, p.projection, p.offset, p.old.dtype, p.neurons.tolist(), raw(p.old), raw(p.new))
+        for p in patch.layers
     ]
     return (*parts, json.dumps(patch.meta, sort_keys=True))
 
@@ -80,9 +94,10 @@ def raw(tensor: Tensor) -> bytes:
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_apply_and_revert_are_exact(axis: int, dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kinds", KINDS)
+def test_apply_and_revert_are_exact(axis: int, dtype: str, kinds: Any, tmp_path: Path) -> None:
     model = tiny(axis, dtype)
-    patch = make_patch(model, axis)
+    patch = make_patch(model, axis, kinds=kinds)
     patch.save(tmp_path / "p")
     before = state(model)
     addresses = {name: value.data_ptr() for name, value in model.named_parameters()}
@@ -90,7 +105,7 @@ def test_apply_and_revert_are_exact(axis: int, dtype: str, tmp_path: Path) -> No
     expected = {name: value.clone() for name, value in before.items()}
     for part in patch.layers:
         for row, neuron in enumerate(part.neurons.tolist()):
-            column = expected[part.weight].select(axis, neuron)
+            column = expected[part.weight].select(part.axis, neuron + (7 if part.projection == "up" else 0))
             column.copy_(part.new[row].view(BITS[dtype]))
     assert same(state(model), expected)
     assert not same(expected, before)
@@ -101,8 +116,9 @@ def test_apply_and_revert_are_exact(axis: int, dtype: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_file_holds_everything_and_is_the_same_every_time(axis: int, dtype: str, tmp_path: Path) -> None:
-    patch = make_patch(tiny(axis, dtype), axis)
+@pytest.mark.parametrize("kinds", KINDS)
+def test_file_holds_everything_and_is_the_same_every_time(axis: int, dtype: str, kinds: Any, tmp_path: Path) -> None:
+    patch = make_patch(tiny(axis, dtype), axis, kinds=kinds)
     patch.save(tmp_path / "a")
     loaded = Patch.load(tmp_path / "a")
     assert content(loaded) == content(patch)
@@ -128,6 +144,34 @@ def test_file_is_safetensors_with_the_promised_names(tmp_path: Path) -> None:
     assert json.loads(metadata["sha256"])["layers.2.new"] == digest
 
 
+def test_down_projections_alone_are_the_bytes_that_every_pke_fast_reads(tmp_path: Path) -> None:
+    old = torch.arange(8.0).reshape(2, 4)
+    parts = [
+        LayerPatch(n, f"layers.{n}.down.weight", 1, torch.tensor([n, 5]), (old + n).bfloat16(), (old * 2).bfloat16())
+        for n in (1, 3)
+    ]
+    Patch(tuple(parts), {"base": {"name": "tiny"}}).save(tmp_path / "p")
+    digest = hashlib.sha256((tmp_path / "p").read_bytes()).hexdigest()
+    assert digest == "a4d343a5e2a11900d317c06c8469a691dc0783bafd40b97e80dadb9eae157d8f"  # of the first version
+
+
+def test_gate_and_up_are_named_in_the_file_and_make_it_version_2(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    model = tiny(1, "bf16")
+    for kinds, version in ((("down",), "1"), (("up",), "2"), (("gate", "down"), "2")):
+        make_patch(model, 1, layers=(2,), kinds=kinds).save(tmp_path / "p")
+        with safe_open(tmp_path / "p", framework="pt") as file:
+            names, metadata = sorted(file.keys()), file.metadata()
+        assert metadata["version"] == version
+        prefixes = [f"layers.2.{kind}" for kind in sorted(kinds)] if version == "2" else ["layers.2"]
+        assert names == sorted(f"{prefix}.{part}" for prefix in prefixes for part in ("neurons", "new", "old"))
+    assert json.loads(metadata["layers"]) == [
+        {"layer": 2, "weight": "layers.2.fused", "axis": 0, "projection": "gate", "offset": 0},
+        {"layer": 2, "weight": "layers.2.weight", "axis": 1, "projection": "down", "offset": 0},
+    ]
+
+
 def test_bytes_do_not_depend_on_the_process(tmp_path: Path) -> None:
     """Another process has another hash seed: sets and maps in chance order would show."""
     patch = make_patch(tiny(1, "fp32"), 1)
@@ -137,8 +181,9 @@ def test_bytes_do_not_depend_on_the_process(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_every_damaged_byte_is_refused_or_harmless(tmp_path: Path) -> None:
-    patch = make_patch(tiny(1, "fp32"), 1, layers=(2,), meta={"base": {"name": "é"}})
+@pytest.mark.parametrize("kinds", [("down",), ("up",)])
+def test_every_damaged_byte_is_refused_or_harmless(kinds: Any, tmp_path: Path) -> None:
+    patch = make_patch(tiny(1, "fp32"), 1, layers=(2,), meta={"base": {"name": "é"}}, kinds=kinds)
     path = tmp_path / "p"
     patch.save(path)
     data = path.read_bytes()
@@ -203,11 +248,18 @@ def test_what_is_not_a_patch_is_refused(tmp_path: Path) -> None:
             Patch.load(tmp_path / "other")
 
 
-def test_newer_format_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr(patch_file, "VERSION", 2)
-        make_patch(tiny(1, "fp32"), 1).save(tmp_path / "p")
-    with pytest.raises(PatchError, match=r"format version 2[\s\S]*newer pke_fast"):
+def test_newer_format_says_so(tmp_path: Path) -> None:
+    newer = dataclasses.replace(make_patch(tiny(1, "fp32"), 1).content(), version=3)
+    patch_file.write(tmp_path / "p", newer)
+    with pytest.raises(PatchError, match=r"format version 3[\s\S]*version 1 or 2, which[\s\S]*newer pke_fast"):
+        Patch.load(tmp_path / "p")
+
+
+def test_a_file_that_lacks_a_projection_is_incomplete(tmp_path: Path) -> None:
+    content = make_patch(tiny(1, "fp32"), 1, kinds=("gate", "down")).content()
+    lacking = {name: value for name, value in content.tensors.items() if name != "layers.2.gate.old"}
+    patch_file.write(tmp_path / "p", dataclasses.replace(content, tensors=lacking))
+    with pytest.raises(PatchError, match=r"incomplete[\s\S]*layers\.2\.gate\.old"):
         Patch.load(tmp_path / "p")
 
 
@@ -226,6 +278,8 @@ def test_newer_format_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ({"axis": 2}, "axis 0 or 1"),
         ({"layer": -1}, "a layer number"),
         ({"weight": ""}, "a weight's name"),
+        ({"projection": "side"}, "gate, up or down"),
+        ({"projection": "up", "offset": -1}, "an offset of 0 or more"),
     ],
 )
 def test_layer_that_contradicts_itself_is_refused(
@@ -239,10 +293,11 @@ def test_layer_that_contradicts_itself_is_refused(
     with pytest.raises(PatchError, match=message):
         LayerPatch(**{**good, **change})
     part = LayerPatch(**good)  # the same in a file whose checksums are right
+    patch = Patch((part,), {})
     for name, value in change.items():
         object.__setattr__(part, name, value)
     if not any(isinstance(value, Tensor) and value.dtype not in patch_file.CODES for value in change.values()):
-        Patch((part,), {}).save(tmp_path / "p")
+        patch.save(tmp_path / "p")
         with pytest.raises(PatchError, match=message):
             Patch.load(tmp_path / "p")
 
@@ -260,6 +315,27 @@ def test_patch_needs_ascending_layers_of_one_dtype() -> None:
         Patch((patch.layers[0], other.layers[0]), {})
 
 
+def test_parts_that_touch_each_other_are_refused() -> None:
+    patch = make_patch(tiny(1, "fp32"), 1, kinds=("gate", "up", "down"))
+    gate, up, down = patch.layers[:3]
+    assert (patch.n_neurons, {layer: ids.tolist() for layer, ids in patch.by_layer().items()}) == (
+        8, {0: [0, 1, 3, 6], 2: [0, 1, 3, 6]},
+    )  # fmt: skip
+    other = dataclasses.replace(up, neurons=torch.tensor([1, 2, 4, 5]))
+    assert Patch((gate, other), {}).by_layer()[0].tolist() == [0, 1, 2, 3, 4, 5, 6]
+    for parts in ((up, gate), (down, gate), (gate, gate)):
+        with pytest.raises(PatchError, match="gate, up and down in this order"):
+            Patch(parts, {})
+    for changes in (
+        (gate, dataclasses.replace(up, offset=0)),  # the same rows
+        (gate, dataclasses.replace(up, layer=1)),
+        (gate, dataclasses.replace(up, axis=1)),
+        (gate, dataclasses.replace(down, weight=gate.weight, axis=0, offset=7)),
+    ):
+        with pytest.raises(PatchError, match=r"a weight of its own[\s\S]*layers\.0\.fused in layer 0's gate proj"):
+            Patch(changes, {})
+
+
 def test_one_other_bit_is_refused_and_nothing_changes() -> None:
     model = tiny(1, "bf16")
     patch = make_patch(model, 1)
@@ -267,7 +343,8 @@ def test_one_other_bit_is_refused_and_nothing_changes() -> None:
         model.layers[2].weight.view(torch.int16)[3, 6] ^= 1
     before = state(model)
     with pytest.raises(
-        PatchError, match=r"differ in layer 2 \(1 of 4 neurons\)[\s\S]*made from \(tiny, bf16\)[\s\S]*GGUF"
+        PatchError,
+        match=r"differ in layer 2's down projection \(1 of 4 neurons\)[\s\S]*made from \(tiny, bf16\)[\s\S]*GGUF",
     ):
         patch.apply(model)
     assert same(state(model), before)
@@ -282,7 +359,7 @@ def test_minus_zero_is_not_zero_and_nan_is_itself() -> None:
     patch = make_patch(model, 1)
     with torch.no_grad():
         model.layers[0].weight[1, 1] = 0.0
-    with pytest.raises(PatchError, match=r"layer 0 \(1 of 4 neurons\)"):
+    with pytest.raises(PatchError, match=r"layer 0's down projection \(1 of 4 neurons\)"):
         patch.apply(model)
 
 
@@ -302,10 +379,21 @@ def test_half_applied_is_refused_by_layer() -> None:
     model = tiny(1, "fp32")
     patch = make_patch(model, 1)
     Patch(patch.layers[:1], {}).apply(model)
-    with pytest.raises(PatchError, match=r"differ in layer 0 \(4 of 4 neurons\)\n"):
+    with pytest.raises(PatchError, match=r"differ in layer 0's down projection \(4 of 4 neurons\)\n"):
         patch.apply(model)
-    with pytest.raises(PatchError, match=r"differ in layer 2 \(4 of 4 neurons\)\n"):
+    with pytest.raises(PatchError, match=r"differ in layer 2's down projection \(4 of 4 neurons\)\n"):
         patch.revert(model)
+
+
+def test_what_differs_is_named_by_projection() -> None:
+    model = tiny(1, "fp32")
+    patch = make_patch(model, 1, kinds=("gate", "up", "down"))
+    with torch.no_grad():
+        model.layers[2].fused[[0, 7 + 1, 7 + 3]] += 1
+        model.layers[0].fused[[2, 7 + 2]] += 1  # none of the patch's neurons
+    named = r"layer 2's gate projection \(1 of 4 neurons\), layer 2's up projection \(2 of 4 neurons\)\n"
+    with pytest.raises(PatchError, match=rf"differ in {named}[\s\S]*other weights in 2 of 6 projections"):
+        patch.apply(model)
 
 
 def test_other_models_are_refused() -> None:
@@ -314,6 +402,9 @@ def test_other_models_are_refused() -> None:
         patch.apply(tiny(1, "bf16", layers=2))
     with pytest.raises(PatchError, match=r"another shape[\s\S]*expected: \[4, more than 6\]\n  got: \[7, 4\]"):
         patch.apply(tiny(0, "bf16"))
+    fused = make_patch(tiny(1, "bf16"), 1, kinds=("up",))
+    with pytest.raises(PatchError, match=r"another shape[\s\S]*expected: \[more than 13, 4\]\n  got: \[4, 14\]"):
+        fused.apply(tiny(0, "bf16"))
     with pytest.raises(PatchError, match=r"made in bf16[\s\S]*is in fp32[\s\S]*--dtype bf16"):
         patch.apply(tiny(1, "bf16").float())
     with pytest.raises(PatchError, match="meta device"):
@@ -323,14 +414,14 @@ def test_other_models_are_refused() -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("at", [1, 4])
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("revert", [False, True])
 def test_interrupted_writing_is_put_back(
     error: type[BaseException], at: int, after: bool, revert: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny(1, "bf16")
-    patch = make_patch(model, 1)
+    patch = make_patch(model, 1, kinds=("gate", "up"))
     if revert:
         patch.apply(model)
     before = state(model)
@@ -384,7 +475,7 @@ def test_describe() -> None:
     old = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
     parts = (
         LayerPatch(1, "a", 1, torch.tensor([0, 5]), old, torch.tensor([[3.0, 4.0], [0.6, 0.8]])),
-        LayerPatch(4, "b", 0, torch.tensor([2]), torch.zeros(1, 2), torch.ones(1, 2)),
+        LayerPatch(4, "b", 0, torch.tensor([2]), torch.zeros(1, 2), torch.ones(1, 2), "up", 7),
     )
     described = Patch(parts, META).describe()
     assert described == json.loads(json.dumps(described))
@@ -393,7 +484,10 @@ def test_describe() -> None:
     assert described["losses"] == META["losses"]
     first, second = described["layers"]
     assert first.pop("relative_change") == pytest.approx(0.2)
-    assert first == {"layer": 1, "weight": "a", "axis": 1, "neurons": 2, "width": 2}
+    assert first == {
+        "layer": 1, "projection": "down", "weight": "a", "axis": 1, "offset": 0, "neurons": 2, "width": 2,
+    }  # fmt: skip
+    assert (second["projection"], second["offset"], second["axis"]) == ("up", 7, 0)
     assert second["relative_change"] is None
     assert Patch(parts, {}).describe()["method"] is None
 
@@ -404,7 +498,7 @@ def test_describe() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_exact_on_a_gpu(axis: int, dtype: str) -> None:
     model = tiny(axis, dtype)
-    patch = make_patch(model, axis)
+    patch = make_patch(model, axis, kinds=("gate", "up", "down"))
     before = state(model)
     expected = copy.deepcopy(model)
     patch.apply(expected)
