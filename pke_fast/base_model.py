@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pke_fast.errors import InputError, PatchError
 from pke_fast.journal import reading
-from pke_fast.patch import LayerPatch, Patch, check_weight
+from pke_fast.layer_patch import LayerPatch, check_weight
+from pke_fast.patch import Patch
+from pke_fast.projections import Projection, find_projections, model_without_weights, projections_of
 from pke_fast.shards import StoredTensor, read_checkpoint
 from pke_fast.stored import Target, find_targets, read_all, row_bands
 
@@ -74,31 +76,26 @@ def _folder(name: str) -> Path:
 
 def _by_config(name: str, folder: Path, patch: Patch) -> BaseModel:
     """By the model that config.json describes, made without weights: its dtype and values can't be compared."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from pke_fast.pretrained import explained, quiet
     from pke_fast.sources import check_config
-    from pke_fast.structure import find_mlps
 
     check_config(folder, name, trust_remote_code=False)
-    with quiet(), explained(name), torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_config(config)
-    downs = {mlp.weight: mlp for mlp in find_mlps(model)}
+    model = model_without_weights(folder, name)
+    known: dict[str, list[Projection]] = {}
+    for projection in projections_of(model):
+        known.setdefault(projection.weight, []).append(projection)
     shapes = {}
     for part in patch.layers:
-        if part.weight not in downs:
+        if not any((found.kind == "down") == (part.projection == "down") for found in known.get(part.weight, [])):
+            names = [weight for weight, found in known.items() if part.projection in [each.kind for each in found]]
             raise PatchError(
-                f"{name} has no down projection {part.weight}, which the patch changes (layer {part.layer})",
-                got=f"names such as {next(iter(downs))}",
+                f"{name} has no {part.projection} projection {part.weight}, which the patch changes "
+                f"(layer {part.layer})",
+                got=f"names such as {next(iter(names), None)}",
                 do="name the model that was edited",
             )
-        shape = tuple(model.get_parameter(part.weight).shape)
-        check_weight(part, name, shape, patch.dtype)
-        if downs[part.weight].axis != part.axis:
-            raise _other_side(part)
-        shapes[part.weight] = shape
+        shapes[part.weight] = tuple(model.get_parameter(part.weight).shape)
+        check_weight(part, name, shapes[part.weight], patch.dtype)
+        _check_holds(known[part.weight], part)
     return BaseModel(name, shapes, None, ())
 
 
@@ -108,13 +105,21 @@ def _check_sides(folder: Path, tensors: dict[str, StoredTensor], targets: tuple[
     unclear = [t for t in targets if t.tensor.shape[t.part.axis] <= t.tensor.shape[1 - t.part.axis]]
     if not unclear:
         return
-    from pke_fast.projections import find_projections
-
     projections = find_projections(folder, tensors)
     for target in unclear:
-        projection = projections.get(target.tensor.name)
-        if projection is None or projection.kind != "down" or projection.axis != target.part.axis:
-            raise _other_side(target.part)
+        _check_holds(projections.get(target.tensor.name, []), target.part)
+
+
+def _check_holds(found: Sequence[Projection], part: LayerPatch) -> None:
+    if not any(projection.holds(part) for projection in found):
+        raise PatchError(
+            f"the patch changes {'rows' if part.axis == 0 else 'columns'} of {part.weight} that are no neurons "
+            f"(layer {part.layer})",
+            expected="neurons' weights: rows of gate and up [D, d], columns of a down projection [d, D], the reverse "
+            "where a Conv1D stores them",
+            got=f"axis {part.axis}, up to {int(part.index[-1])}, as a {part.projection} projection",
+            do="apply it to the checkpoint with pke-fast apply",
+        )
 
 
 def _check_values(folder: Path, targets: tuple[Target, ...], patch: Patch) -> None:
@@ -130,13 +135,3 @@ def _check_values(folder: Path, targets: tuple[Target, ...], patch: Patch) -> No
         some.append(Target(part, tensor))
     found = read_all(folder, some)
     Patch(tuple(target.part for target in some), patch.meta).check(found, False, f"the checkpoint {folder}")
-
-
-def _other_side(part: LayerPatch) -> PatchError:
-    return PatchError(
-        f"the patch changes {'rows' if part.axis == 0 else 'columns'} of {part.weight} that are no neurons "
-        f"(layer {part.layer})",
-        expected="the output weights of neurons: columns of a down projection [d, D], rows of a Conv1D [D, d]",
-        got=f"axis {part.axis}",
-        do="apply it to the checkpoint with pke-fast apply",
-    )

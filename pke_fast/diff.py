@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from io import FileIO
 from math import prod
 from pathlib import Path
@@ -16,7 +16,8 @@ import torch
 import pke_fast
 from pke_fast.errors import InputError, PatchError
 from pke_fast.journal import reading
-from pke_fast.patch import LayerPatch, Patch
+from pke_fast.layer_patch import PROJECTIONS, LayerPatch
+from pke_fast.patch import Patch
 from pke_fast.projections import Projection, find_projections
 from pke_fast.shards import StoredTensor, read_checkpoint
 from pke_fast.stored import BITS, Target, read_at, read_neurons, row_bands
@@ -30,7 +31,7 @@ class Other:
 
     Attributes:
         tensor: its stored name.
-        kind: ``gate or up``, ``down`` (in a dtype that patches don't have) or ``other``.
+        kind: ``gate``, ``up``, ``gate and up`` (fused) or ``down``, in a dtype that patches don't have; else ``other``.
         rows, of: how many rows differ (of a tensor with one dimension: values), of how many.
     """
 
@@ -45,7 +46,7 @@ class Difference:
     """What differs between two checkpoints.
 
     Attributes:
-        neurons: by layer, how many columns of the down projection differ.
+        neurons: by layer, how many differ, in whichever of their weights.
         others: whatever else does.
         patch: from the first checkpoint to the second, as far as neurons go; None where none differs or none was asked.
         tensors: how many were compared.
@@ -72,39 +73,48 @@ def diff_checkpoints(
 
     Raises:
         InputError: a folder can't be used, or they have other tensors, shapes or dtypes.
-        PatchError: more differs than columns of down projections, which is all that a patch holds; names it.
+        PatchError: more differs than MLP neurons' weights, which is all that a patch holds; names it.
     """
     first, second = (Path(os.path.realpath(path)) for path in (a, b))
     with reading(first) as left, reading(second) as right:
         ours, theirs = read_checkpoint(first), read_checkpoint(second)
         _check_same(first, second, ours, theirs)
         projections = find_projections(first, ours)
-        columns: list[tuple[Projection, str, np.ndarray[Any, Any]]] = []
+        changes: list[tuple[Projection, str, np.ndarray[Any, Any]]] = []
         others: list[Other] = []
         for name, tensor in ours.items():
             places = (first, tensor), (second, theirs[name])
-            differs = _differing(places, projections.get(name))
+            inside = projections.get(name, [])
+            differs = _differing(places, by_column=bool(inside) and inside[0].axis == 1)
             if not differs.any():
                 continue
-            projection = projections.get(name)
-            if projection and projection.kind == "down" and tensor.dtype in BITS:
-                columns.append((projection, name, np.flatnonzero(differs)))
+            if tensor.dtype in BITS and sum(projection.neurons for projection in inside) == len(differs):
+                for projection in inside:
+                    end = projection.offset + projection.neurons
+                    changes.append((projection, name, np.flatnonzero(differs[projection.offset : end])))
             else:
-                kind = {"down": "down", "input": "gate or up"}[projection.kind] if projection else "other"
+                kind = " and ".join(projection.kind for projection in inside) or "other"
                 others.append(Other(name, kind, int(differs.sum()), len(differs)))
-        columns.sort(key=lambda found: found[0].layer)
+        changes = [change for change in changes if len(change[2])]
+        changes.sort(key=lambda change: (change[0].layer, PROJECTIONS.index(change[0].kind)))
         patch = None
         if want_patch:
             if others and not ignore_others:
                 raise _more_differs(first, second, others)
-            parts = [_part(projection, ids, (first, ours[n]), (second, theirs[n])) for projection, n, ids in columns]
+            parts = [_part(projection, ids, (first, ours[n]), (second, theirs[n])) for projection, n, ids in changes]
             if parts:
                 made = {"how": "diff", "from": str(a), "to": str(b), "ignored": [other.tensor for other in others]}
                 meta = {"base": {"name": str(a)}, "made_from": made, "versions": {"pke_fast": pke_fast.__version__}}
                 patch = Patch(tuple(parts), meta)
     recovered = tuple(side.outcome if side else None for side in (left, right))
-    neurons = {projection.layer: len(ids) for projection, _, ids in columns}
-    return Difference(neurons, tuple(others), patch, len(ours), (recovered[0], recovered[1]))
+    return Difference(_counts(changes), tuple(others), patch, len(ours), (recovered[0], recovered[1]))
+
+
+def _counts(changes: Sequence[tuple[Projection, str, np.ndarray[Any, Any]]]) -> dict[int, int]:
+    neurons: dict[int, set[int]] = {}
+    for projection, _, ids in changes:
+        neurons.setdefault(projection.layer, set()).update(ids.tolist())
+    return {layer: len(ids) for layer, ids in neurons.items()}
 
 
 def _check_same(
@@ -130,9 +140,9 @@ def _check_same(
 
 
 def _differing(
-    places: tuple[tuple[Path, StoredTensor], tuple[Path, StoredTensor]], projection: Projection | None
+    places: tuple[tuple[Path, StoredTensor], tuple[Path, StoredTensor]], by_column: bool
 ) -> np.ndarray[Any, Any]:
-    """Which neurons of a down projection differ, which rows of another tensor (values, where it has one dimension)."""
+    """Which rows of a tensor differ (values, where it has one dimension), or which columns of one with two."""
     (folder, tensor), (other_folder, other) = places
     values = prod(tensor.shape)
     item = tensor.size // values if values and tensor.size % values == 0 else 0
@@ -143,7 +153,6 @@ def _differing(
     else:
         rows, width = values // tensor.shape[-1], tensor.shape[-1]
     bits = np.dtype(f"<u{item}")
-    by_column = projection is not None and projection.kind == "down" and projection.axis == 1
     differs = np.zeros(width if by_column else rows, bool)
     paths = folder / tensor.shard, other_folder / other.shard
     if os.path.samefile(*paths) and tensor.offset == other.offset:
@@ -173,20 +182,22 @@ def _part(
     _, tensor = old
     dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[tensor.dtype]
     blank = torch.empty((len(ids), tensor.shape[1 - projection.axis]), dtype=dtype)
-    wanted = LayerPatch(projection.layer, projection.weight, projection.axis, neurons, blank, blank)
+    wanted = LayerPatch(
+        projection.layer, projection.weight, projection.axis, neurons, blank, blank, projection.kind, projection.offset
+    )
     values = []
     for folder, place in (old, new):
         with FileIO(folder / place.shard) as file:
             values.append(read_neurons(file, Target(wanted, place)))
-    return LayerPatch(projection.layer, projection.weight, projection.axis, neurons, *values)
+    return replace(wanted, old=values[0], new=values[1])
 
 
 def _more_differs(first: Path, second: Path, others: list[Other]) -> PatchError:
     listed = "; ".join(f"{other.tensor} ({other.rows:,} of {other.of:,} rows)" for other in others[:NAMED])
     more = f"; and {len(others) - NAMED:,} more" if len(others) > NAMED else ""
     return PatchError(
-        f"{second} differs from {first} in more than neurons' output weights",
-        expected="differences in columns of down projections, which is all that patches of this version hold",
+        f"{second} differs from {first} in more than MLP neurons' weights",
+        expected="differences in gate, up and down projections, which is all that patches hold",
         got=f"{len(others):,} other tensors that differ: {listed}{more}",
         do="give --ignore-others to make the patch without them (applying it does not give the second checkpoint)",
     )

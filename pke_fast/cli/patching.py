@@ -99,7 +99,7 @@ def diff(options: Namespace) -> None:
     shown = {key: summary[key] for key in ("tensors", "neurons", "by_layer")}
     terminal.facts(console, "Compared", {**shown, "others": len(found.others), "out": options.out or "nothing written"})
     if found.others:
-        terminal.facts(console, "Differs, and is in no patch: patches hold columns of down projections", {
+        terminal.facts(console, "Differs, and is in no patch: patches hold weights of MLP neurons", {
             other.tensor: f"{other.kind}, {other.rows:,} of {other.of:,} rows" for other in found.others
         })  # fmt: skip
     finish(options, summary)
