@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pke_fast.errors import PatchError
-from pke_fast.patch import LayerPatch
+from pke_fast.layer_patch import LayerPatch
 
 # Two always do: the second starts within a factor two of the new value, or from 0, where the difference is exact.
 ROUNDS = 2
@@ -22,10 +22,10 @@ ROUNDS = 2
 
 @dataclass(frozen=True, eq=False)
 class LayerDelta:
-    """What is added to the columns of one layer that change. The tensors are on the CPU.
+    """What is added to the neurons' weights in one projection that change. The tensors are on the CPU.
 
     Attributes:
-        part: the layer of the patch.
+        part: of the patch.
         neurons: int64 ``[n]``, ascending; those whose weights change. May be empty.
         delta: fp32 ``[n, d]``.
         missed: of how many weights the sum isn't the new weight. Zeros of either sign are equal.
@@ -38,9 +38,14 @@ class LayerDelta:
     missed: int
     error: float
 
+    @property
+    def index(self) -> Tensor:
+        """Where the neurons are along the weight's axis, int64 ``[n]``."""
+        return self.neurons + self.part.offset
+
 
 def rounds_of(part: LayerPatch, rounds: int = 1) -> list[LayerDelta]:
-    """The deltas of a layer, each to be added to what the one before gave; no more than are needed, at least one.
+    """The deltas of a part, each to be added to what the one before gave; no more than are needed, at least one.
 
     Raises:
         PatchError: a weight is infinite or NaN, or a change is too large for fp32.

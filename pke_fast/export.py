@@ -31,7 +31,7 @@ def export_patch(
     """Writes a patch in the format of another tool, without loading the model; whole or not at all.
 
     - ``peft``: a LoRA adapter in `out`, or several, ``out/part-1`` and so on, that are added in this order. Rank and
-      alpha of a module are the number of its changed neurons.
+      alpha of a module are the number of its changed neurons; of a fused gate and up, of both halves'.
     - ``dense-delta``: ``delta.safetensors``, {parameter name: new - old}, full tensors in fp32.
     - ``easyedit``: ``weights_copy.safetensors`` and ``weights.safetensors``, {parameter name: full tensor} before and
       after, in the weights' dtype.
@@ -59,8 +59,10 @@ def export_patch(
     with base_model(model, patch) as base:
         _check_apart(base, Path(out))
         rounds = [rounds_of(part, ROUNDS if exact else 1) for part in patch.layers]
-        changed = [len(layer[0].neurons) for layer in rounds]
-        if not any(changed):
+        changed: dict[int, set[int]] = {}
+        for part in rounds:
+            changed.setdefault(part[0].part.layer, set()).update(part[0].neurons.tolist())
+        if not any(changed.values()):
             raise PatchError("the patch changes no weight: there is nothing to export", do="check which patch it is")
         said: dict[str, Any] = {"ranks": [], "missed": 0, "error": 0.0, "warnings": []}
         write, more = _prepared(format, patch, base, rounds, max_rank)
@@ -69,7 +71,7 @@ def export_patch(
             files = sorted(path for path in folder.rglob("*") if path.is_file())
             names = [str(path.relative_to(folder)) for path in files]
             size = sum(path.stat().st_size for path in files)
-    counts = {"neurons": sum(changed), "layers": sum(map(bool, changed))}
+    counts = {"neurons": sum(map(len, changed.values())), "layers": sum(map(bool, changed.values()))}
     return {"out": str(out), "format": format, "files": names, "bytes": size, **counts, **said, **more}
 
 
@@ -80,18 +82,18 @@ def _prepared(
     if format == "easyedit":
         _check_weights(base, patch)
         return lambda folder: full_tensors.write_weights(folder, base), {}
-    last = [layer[-1] for layer in rounds]
+    last = [part[-1] for part in rounds]
     said: dict[str, Any] = {
-        "missed": sum(layer.missed for layer in last),
-        "error": max(layer.error for layer in last),
+        "missed": sum(delta.missed for delta in last),
+        "error": max(delta.error for delta in last),
         "warnings": _rounding(last, format),
     }
     if format == "dense-delta":
-        deltas = [layer[0] for layer in rounds if len(layer[0].neurons)]
+        deltas = [part[0] for part in rounds if len(part[0].neurons)]
         return lambda folder: full_tensors.write_deltas(folder, deltas, base), said
     _check_one_side(patch)
     adapters = lora.adapters_of(rounds, max_rank)
-    said["ranks"] = [max(len(module.neurons) for module in adapter) for adapter in adapters]
+    said["ranks"] = [max(module.rank for module in adapter) for adapter in adapters]
     if max(said["ranks"]) > lora.MOST_SERVED:
         said["warnings"].append(
             f"a module has rank {max(said['ranks']):,}: peft loads that, but vLLM serves {lora.MOST_SERVED}. "
@@ -136,7 +138,7 @@ def _check_weights(base: BaseModel, patch: Patch) -> None:
 
 
 def _check_one_side(patch: Patch) -> None:
-    if len({part.axis for part in patch.layers}) > 1:
+    if len({part.transposed for part in patch.layers}) > 1:
         raise PatchError(
             "an adapter can't hold this patch: some of its weights are stored transposed, others aren't",
             expected="one way for all modules of an adapter (fan_in_fan_out)",
@@ -145,16 +147,16 @@ def _check_one_side(patch: Patch) -> None:
 
 
 def _rounding(last: Sequence[LayerDelta], format: str) -> list[str]:
-    missed = sum(layer.missed for layer in last)
+    missed = sum(delta.missed for delta in last)
     if not missed:
         return []
-    total, error = sum(layer.part.new.numel() for layer in last), max(layer.error for layer in last)
+    total, error = sum(delta.part.new.numel() for delta in last), max(delta.error for delta in last)
     do = "--exact adds adapters that make up for it" if format == "peft" else "pke-fast apply is exact"
     return [f"old + change, rounded, misses {missed:,} of {total:,} new weights, by {error:.1e} at most; {do}"]
 
 
 def _write_adapters(folder: Path, adapters: Sequence[list[lora.Module]], patch: Patch, base: BaseModel) -> None:
-    widths = {part.weight.removesuffix(".weight"): base.shapes[part.weight][part.axis] for part in patch.layers}
+    widths = {lora.module_of(part.weight): base.shapes[part.weight][part.axis] for part in patch.layers}
     for number, adapter in enumerate(adapters, start=1):
         place = folder if len(adapters) == 1 else folder / f"part-{number}"
         place.mkdir(exist_ok=True)
