@@ -92,7 +92,7 @@ def _report_of(file: Path, patch: Patch) -> dict[str, Any] | None:
         return None
     report = _read(file, "report of pke-fast edit", ("model", "hot_spots", "requests"))
     made = _mapping(patch.meta.get("base")).get("fingerprint")
-    counts = {str(part.layer): len(part.neurons) for part in patch.layers}
+    counts = {str(layer): len(neurons) for layer, neurons in patch.by_layer().items()}
     edited = {layer: count for layer, count in _mapping(report["hot_spots"].get("by_layer")).items() if count}
     if report["model"].get("fingerprint") != made or edited != counts:
         raise InputError(
@@ -211,6 +211,8 @@ def model_card(shared: Shared, repo: str | None = None, merged: bool = False) ->
         facts=base,
         patch=description,
         share=_share(shared.patch, base),
+        layers=len(shared.patch.by_layer()),
+        weights=_weights(shared.patch),
         requests=shared.patch.meta.get("requests"),
         locality=shared.patch.meta.get("locality"),
         losses=_mapping(shared.patch.meta.get("losses")),
@@ -234,6 +236,12 @@ def _measures(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None)
 def _share(patch: Patch, base: Mapping[str, Any]) -> float | None:
     layers, neurons = base.get("layers"), base.get("neurons_per_layer")
     return patch.n_neurons / (layers * neurons) if isinstance(layers, int) and isinstance(neurons, int) else None
+
+
+def _weights(patch: Patch) -> str:
+    """Which of the neurons' weights it changes."""
+    kinds = {part.projection for part in patch.layers}
+    return " and ".join(word for word, has in (("input", kinds - {"down"}), ("output", "down" in kinds)) if has)
 
 
 def _settings(found: Any) -> dict[str, tuple[str, bool]]:

@@ -104,7 +104,7 @@ from pke_fast.loading import load_model
 
 model = load_model({model!r}, dtype={dtype!r}).model
 patch = pke_fast.Patch.load("patch.safetensors")
-patch.apply(model)     # refuses other values in the edited columns
+patch.apply(model)     # refuses other values in the edited neurons
 patch.revert(model)    # exact to the bit"""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 import platform
 from importlib import metadata
 from typing import Any
@@ -106,11 +107,7 @@ def report_of(
 ) -> dict[str, Any]:
     """The whole report, less what is only known later (evaluation, files)."""
     structure = bench.structure
-    changes = {
-        (part.layer, int(neuron)): float(change)
-        for part in patch.layers
-        for neuron, change in zip(part.neurons, _relative_changes(part.old, part.new), strict=True)
-    }
+    changes = _relative_changes(patch)
     top = located.top(TOP_NEURONS)
     total = len(structure.layers) * structure.neurons
     path = located.layer_path
@@ -161,5 +158,13 @@ def plan_facts(plan: Plan | None, bench: Workbench) -> dict[str, Any]:
     return {**plan.as_dict(), "measured": taken, **notes}
 
 
-def _relative_changes(old: Any, new: Any) -> Any:
-    return (new.float() - old.float()).norm(dim=1) / old.float().norm(dim=1).clamp(min=1e-12)
+def _relative_changes(patch: Patch) -> dict[tuple[int, int], float]:
+    """By layer and neuron: the norm of the change over that of the old weights, of all that the patch has of it."""
+    norms: dict[tuple[int, int], tuple[float, float]] = {}
+    for part in patch.layers:
+        old = part.old.float()
+        sizes = zip((part.new.float() - old).norm(dim=1).tolist(), old.norm(dim=1).tolist(), strict=True)
+        for neuron, (change, size) in zip(part.neurons.tolist(), sizes, strict=True):
+            others = norms.get((part.layer, neuron), (0.0, 0.0))
+            norms[part.layer, neuron] = math.hypot(others[0], change), math.hypot(others[1], size)
+    return {key: change / max(size, 1e-12) for key, (change, size) in norms.items()}

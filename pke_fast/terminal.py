@@ -237,9 +237,11 @@ def patch(console: Console, description: Mapping[str, Any]) -> None:
     known["made by"] = (description.get("made_from") or {}).get("how")
     facts(console, "Patch", {key: value for key, value in known.items() if value is not None})
     _heading(console, "By layer")
-    table = _table(("layer", "right"), ("weight", "left"), ("neurons", "right"), ("change", "right"))
+    titles = ("layer", "projection", "weight", "neurons", "change")
+    table = _table(*((title, "left" if title in ("projection", "weight") else "right") for title in titles))
     for part in description["layers"]:
-        cells = (part["layer"], part["weight"], f"{part['neurons']:,}", percent(part["relative_change"]))
+        numbers = (f"{part['neurons']:,}", percent(part["relative_change"]))
+        cells = (part["layer"], part["projection"], part["weight"], *numbers)
         table.add_row(*(_text(console, cell) for cell in cells))
     _show(console, table)
     if found.get("before") and found.get("after"):

@@ -108,6 +108,30 @@ def test_diff(files: Path, capsys: Any) -> None:
     assert not (files / "none").exists()
 
 
+def test_rows_of_gate_and_up_are_a_patch_too(files: Path, capsys: Any) -> None:
+    model, after, made = files / "model", files / "after", files / "made.safetensors"
+    names = {kind: f"model.layers.1.mlp.{kind}_proj.weight" for kind in ("gate", "up")}
+    weights = load_file(model / "model.safetensors") | {name: torch.randn(6, 4) for name in names.values()}
+    save_file(weights, model / "model.safetensors")
+    changed = {name: value.clone() for name, value in weights.items()}
+    changed[names["gate"]][[1, 5]] += 1
+    changed[names["up"]][5] += 1
+    changed[NAME.format(1)][:, 2] += 1
+    after.mkdir()
+    save_file(changed, after / "model.safetensors")
+    summary = done(capsys, "diff", model, after, "--out", made)
+    assert (summary["neurons"], summary["by_layer"], summary["others"]) == (3, {"1": 3}, [])
+    shown = done(capsys, "show", made)["layers"]
+    assert [(part["projection"], part["axis"], part["neurons"]) for part in shown] == [
+        ("gate", 0, 2), ("up", 0, 1), ("down", 1, 1),
+    ]  # fmt: skip
+    status, text, _ = run(capsys, "show", made)
+    assert status == 0
+    assert all(kind in text for kind in ("gate", "up", "down"))
+    done(capsys, "apply", "--model", model, "--patch", made, "--in-place")
+    assert (model / "model.safetensors").read_bytes() == (after / "model.safetensors").read_bytes()
+
+
 def test_merge_and_scale(files: Path, capsys: Any) -> None:
     model, a, b, both = files / "model", files / "a.safetensors", files / "b.safetensors", files / "both.safetensors"
     summary = done(capsys, "merge", a, b, "--out", both)

@@ -20,7 +20,9 @@ from matplotlib.image import imread
 from pke_fast.config import PKEConfig
 from pke_fast.errors import InputError
 from pke_fast.heatmap import _binned, heatmap_png, highest_by_layer, learning_curve_png
+from pke_fast.patch import LayerPatch, Patch
 from pke_fast.report import REDACTED, as_json, write_report
+from pke_fast.summary import _relative_changes
 from pke_fast.wording import comparison, duration, number, size, summary
 
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/x onerror=1>"
@@ -307,6 +309,15 @@ def test_comparison_lines() -> None:
     partial = {"harmful": None, "benign": None, "text": {"perplexity": 3.0}}
     assert [line.name for line in comparison(partial, partial)] == ["perplexity"]
     assert comparison({"harmful": None, "benign": None, "text": None}, {}) == []
+
+
+def test_the_change_of_a_neuron_is_that_of_all_its_weights() -> None:
+    old = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+    gate = LayerPatch(1, "gate", 0, torch.tensor([4, 7]), old, old + torch.tensor([[0.0, 3.0], [0.0, 1.0]]), "gate")
+    down = LayerPatch(1, "down", 1, torch.tensor([4]), torch.tensor([[12.0]]), torch.tensor([[16.0]]))
+    other = LayerPatch(2, "other", 1, torch.tensor([4]), torch.zeros(1, 1), torch.zeros(1, 1))
+    changes = _relative_changes(Patch((gate, down, other), {}))
+    assert changes == {(1, 4): pytest.approx(5 / 13), (1, 7): pytest.approx(0.5), (2, 4): 0.0}
 
 
 def test_summary_is_one_sentence(report: dict[str, Any]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,7 +74,7 @@ def test_the_card_has_front_matter_figures_hot_spots_limits_and_no_prompts(run: 
     assert "| harmless prompts: refused, judge advbench | 4 | 0.0 % | 50.0 % | +50.0 points |" in text
     layers = Patch.load(run / "patch.safetensors").describe()["layers"]
     for part in layers:
-        assert f"| {part['layer']} | {part['neurons']} | {100 * part['relative_change']:.2f} % |" in text
+        assert f"| {part['layer']} | down | {part['neurons']} | {100 * part['relative_change']:.2f} % |" in text
     assert "| **k** | `7` |" in text
     assert "| seed | `0` |" in text
     for needed in ("Edited on 1 harmful requests", "no defence", "refused more often", "key word lists",
@@ -81,6 +83,22 @@ def test_the_card_has_front_matter_figures_hot_spots_limits_and_no_prompts(run: 
     assert HARMFUL in (run / "report.json").read_text()
     assert HARMFUL not in text
     assert str(run.parent) not in text
+
+
+def test_a_card_of_gate_and_down_says_so_and_counts_each_neuron_once(run: Path, tmp_path: Path) -> None:
+    patch = Patch.load(run / "patch.safetensors")
+    parts = []
+    for part in patch.layers:
+        gate = {"weight": part.weight.replace("down", "gate"), "axis": 0, "projection": "gate"}
+        parts += [dataclasses.replace(part, **gate), part]
+    dataclasses.replace(patch, layers=tuple(parts)).save(tmp_path / "patch.safetensors")
+    shutil.copy(run / "report.json", tmp_path / "report.json")
+    text = card.model_card(card.gather(tmp_path, base="me/base"), "me/safer")
+    assert "It changes 7 MLP neurons (4.86 % of all) in 2 layers" in text
+    assert "Only their input and output weights are trained" in text
+    for part in patch.layers:
+        for kind in ("gate", "down"):
+            assert f"| {part.layer} | {kind} | {len(part.neurons)} |" in text
 
 
 def test_a_card_of_a_whole_model_says_how_to_load_it(run: Path) -> None:

@@ -199,13 +199,16 @@ def test_exchange_shows_whole_answers() -> None:
 
 
 def test_patch_and_doctor() -> None:
-    layers = [{"layer": 3, "weight": "l.3.down", "axis": 1, "neurons": 1200, "width": 8, "relative_change": 0.125}]
+    part = {"layer": 3, "axis": 1, "neurons": 1200, "width": 8, "relative_change": 0.125}
+    layers = [{**part, "projection": kind, "weight": f"l.3.w{index}"} for index, kind in enumerate(("up", "down"))]
     target = console()
     terminal.patch(
         target, {"method": "pke", "neurons": 1200, "dtype": "fp32", "layers": layers, "base": {"name": "tiny"}}
     )
     assert "12.5 %" in printed(target)
     assert "tiny" in printed(target)
+    shown = [line.split() for line in printed(target).splitlines() if "l.3.w" in line]
+    assert [line[:3] for line in shown] == [["3", "up", "l.3.w0"], ["3", "down", "l.3.w1"]]
     target = console()
     terminal.doctor(target, {"versions": {"torch": "2.x"}, "devices": ["cuda:0 A", "cpu"], "cache": "~/c"})
     assert "cuda:0 A, cpu" in printed(target)
