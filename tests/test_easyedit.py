@@ -13,6 +13,7 @@ from pke_fast.config import PKEConfig
 from pke_fast.engine import edit
 from pke_fast.errors import EditError, InputError
 from pke_fast.frontends import safety_editor
+from pke_fast.frontends.algorithms import _before, _Change
 from pke_fast.frontends.easyedit import (
     ALG_DICT,
     HyperParamError,
@@ -144,6 +145,18 @@ def test_files_that_are_no_hyperparameters_are_refused(tmp_path):
 
 
 # -- the algorithms ------------------------------------------------------------------------------------------------
+
+
+def test_both_halves_of_a_fused_weight_are_put_back():
+    weight = torch.randn(6, 4)
+    edited = weight.clone()
+    changes = [_Change("w", edited, 0, torch.tensor(ids), weight[ids]) for ids in ([0, 2], [4])]
+    edited[[0, 2, 4]] += 1
+    assert torch.equal(_before(changes)["w"], weight)
+    assert not torch.equal(edited, weight)
+    for change in changes:
+        change.undo()
+    assert torch.equal(edited, weight)
 
 
 @pytest.mark.parametrize(("apply", "method"), [(apply_pke_to_model, "pke"), (apply_dinm_to_model, "dinm")])

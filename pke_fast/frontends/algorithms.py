@@ -84,7 +84,8 @@ def execute_dinm(
     """
     changes = _edit(model, tok, requests, hparams, "dinm", kwargs)
     try:
-        return {change.name: change.parameter.detach() - change.before() for change in changes}
+        edited = {change.name: change.parameter.detach() for change in changes}
+        return {name: edited[name] - before for name, before in _before(changes).items()}
     finally:
         for change in changes:
             change.undo()
@@ -120,27 +121,30 @@ def write_back(model: Any, weights: Mapping[str, Tensor]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Change:
-    """Rows or columns of a parameter that were edited, as they were before: old [n, width]."""
+    """Rows or columns of a parameter that were edited, as they were before: index [n], old [n, width]."""
 
     name: str
     parameter: Tensor
     axis: int
-    neurons: Tensor
+    index: Tensor
     old: Tensor
 
-    def before(self) -> Tensor:
-        """The whole parameter as it was."""
-        whole = self.parameter.detach().clone()
-        self._write(whole)
-        return whole
-
-    def undo(self) -> None:
-        self._write(self.parameter.detach())
-
-    def _write(self, whole: Tensor) -> None:
+    def undo(self, whole: Tensor | None = None) -> None:
+        """Puts them back into the parameter, or into a copy of it."""
+        whole = self.parameter.detach() if whole is None else whole
         matrix = whole.view(1, -1) if whole.dim() == 1 else whole
-        ids, old = self.neurons.to(whole.device), self.old.to(whole.device)
-        torch.ops.pke_fast.write_columns(matrix, self.axis, ids, old)
+        index, old = self.index.to(whole.device), self.old.to(whole.device)
+        torch.ops.pke_fast.write_columns(matrix, self.axis, index, old)
+
+
+def _before(changes: Sequence[_Change]) -> dict[str, Tensor]:
+    """The whole parameters as they were; gate and up may have changed other rows of one."""
+    whole: dict[str, Tensor] = {}
+    for change in changes:
+        if change.name not in whole:
+            whole[change.name] = change.parameter.detach().clone()
+        change.undo(whole[change.name])
+    return whole
 
 
 def _apply(
@@ -156,13 +160,13 @@ def _apply(
     if copy:
         model = copying.deepcopy(model)
     changes = _edit(model, tok, requests, hparams, method, kwargs)
-    return model, {change.name: change.before() for change in changes} if keep_original_weight else {}
+    return model, _before(changes) if keep_original_weight else {}
 
 
 def _edit(
     model: Any, tok: Any, requests: Sequence[dict[str, Any]], hparams: Any, method: str, kwargs: Mapping[str, Any]
 ) -> list[_Change]:
-    """Edits the model in place; what was changed, each parameter once."""
+    """Edits the model in place; what was changed."""
     parity = mode_of(hparams) == "parity"
     if parity and method == "pke":
         raise InputError(
@@ -185,7 +189,7 @@ def _edit(
             expected = f"0 to {len(bench.structure.layers) - 1}"
             raise InputError("a layer isn't in the model", expected=expected, got=", ".join(map(str, missing)))
         parts = _fixed(bench, wanted, hparams, layers)
-        return [_Change(part.weight, names[part.weight], part.axis, part.neurons, part.old) for part in parts]
+        return [_Change(part.weight, names[part.weight], part.axis, part.index, part.old) for part in parts]
 
 
 def _fixed(bench: Workbench, requests: Sequence[EditRequest], hparams: Any, layers: Sequence[int]) -> Any:
