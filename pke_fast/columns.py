@@ -1,4 +1,4 @@
-"""The selected columns of the down projections: old values, gradient, Adam, writes in place into the live weights."""
+"""The selected neurons' weights: old values, gradient, Adam, writes in place into the live weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor
 import pke_fast.ops  # noqa: F401  registers torch.ops.pke_fast
 from pke_fast.config import PKEConfig
 from pke_fast.kernels.sparse_columns import read_columns
-from pke_fast.patch import LayerPatch
+from pke_fast.kinds import Kind
+from pke_fast.layer_patch import LayerPatch
 from pke_fast.structure import Structure, hooks
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # Kingma & Ba 2015
@@ -109,11 +110,22 @@ class Selected:
 
 
 class Columns(Selected):
-    """The selected columns of one layer's down projection, [n, d]; rows where the weight is stored transposed."""
+    """The selected neurons' weights in one projection of one layer, [n, d]: down's columns, or gate's or up's rows."""
 
-    def __init__(self, structure: Structure, layer: int, neurons: Tensor) -> None:
-        self.layer, self.mlp = layer, structure.mlps[layer]
-        super().__init__(structure.down_weight(layer), self.mlp.axis, neurons)
+    def __init__(self, structure: Structure, layer: int, neurons: Tensor, projection: Kind = "down") -> None:
+        self.layer, self.projection, self.ids = layer, projection, neurons
+        self.place = structure.mlps[layer].place(projection)
+        super().__init__(self.place.module.weight, self.place.axis, neurons + self.place.offset)  # type: ignore[arg-type]
+
+    @property
+    def name(self) -> str:
+        """What tells it from all others of a model."""
+        return f"{self.layer}.{self.projection}"
+
+    @property
+    def rms(self) -> float:
+        """Root mean square of the old values."""
+        return float(self.old.square().mean().sqrt())
 
     def update(self, config: PKEConfig, lr: float) -> None:
         """One step of Adam, as the settings say."""
@@ -121,42 +133,70 @@ class Columns(Selected):
         self.adam(lr, config.weight_decay, bound)
 
     def patch(self) -> LayerPatch:
-        new = read_columns(self.weight, self.axis, self.neurons)
-        return LayerPatch(self.layer, self.mlp.weight, self.axis, self.neurons.cpu(), self.exact.cpu(), new.cpu())
+        new = read_columns(self.weight, self.axis, self.neurons).cpu()
+        old, ids = self.exact.cpu(), self.ids.cpu()
+        return LayerPatch(
+            self.layer, self.place.weight, self.axis, ids, old, new, self.projection, self.place.offset
+        )
+
+    def add_from(self, into: Tensor, grad_out: Tensor) -> None:
+        """Adds a micro-batch's share, from the projection's input and the gradient of its output.
+
+        Args:
+            into: what the weights are multiplied with: of down the selected activations [.., n], else the input [.., d].
+            grad_out: dL/d(output) [.., width of the output].
+        """
+        if self.projection == "down":
+            self.add(grad_out.flatten(0, -2), into.flatten(0, -2))
+        else:
+            chosen = grad_out.index_select(-1, self.neurons)
+            self.add(into.flatten(0, -2), chosen.flatten(0, -2))
+
+
+def columns_of(structure: Structure, hot_spots: Mapping[int, Tensor], projections: Sequence[Kind]) -> list[Columns]:
+    """What an edit changes: the named projections of the hot spots, by layer, those that each layer's MLP has."""
+    return [
+        Columns(structure, layer, neurons, kind)
+        for layer, neurons in sorted(hot_spots.items())
+        for kind in structure.mlps[layer].kinds
+        if kind in projections
+    ]
 
 
 class _SparseTap(torch.autograd.Function):
-    """The identity on the down projection's output, whose backward adds to the selected columns' gradient."""
+    """The identity on a projection's output, whose backward adds to the selected neurons' gradient."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, h: Tensor, column: Columns, anchor: Tensor) -> Tensor:
-        ctx.save_for_backward(h)
+    def forward(ctx: Any, out: Tensor, into: Tensor, column: Columns, anchor: Tensor) -> Tensor:
+        ctx.save_for_backward(into)
         ctx.column = column
         return out.clone()  # no view: Falcon adds to it in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (h,) = ctx.saved_tensors
-        ctx.column.add(grads[0].flatten(0, -2), h.flatten(0, -2))
+        (into,) = ctx.saved_tensors
+        ctx.column.add_from(into, grads[0])
         return grads[0], None, None, None
 
 
 @contextmanager
 def gradients_into(columns: Sequence[Columns]) -> Iterator[None]:
-    """While it lasts, a backward pass adds to the selected columns' gradients."""
-    # The lowest layer's output depends on nothing that needs a gradient: the anchor does, so that its tap is visited.
+    """While it lasts, a backward pass adds to the selected neurons' gradients."""
+    # The lowest layer's input depends on nothing that needs a gradient: the anchor does, so that its taps are visited.
     anchor = torch.zeros((), requires_grad=True, device=columns[0].weight.device)
 
     def tap(column: Columns) -> Any:
         def hook(_module: Any, args: Any, out: Tensor) -> Tensor:
             if not torch.is_grad_enabled():
                 return out
-            chosen = args[0].detach().index_select(-1, column.neurons)
-            return _SparseTap.apply(out, chosen, column, anchor)
+            into = args[0].detach()
+            if column.projection == "down":
+                into = into.index_select(-1, column.neurons)
+            return _SparseTap.apply(out, into, column, anchor)
 
         return hook
 
-    with hooks(*(column.mlp.down.register_forward_hook(tap(column)) for column in columns)):
+    with hooks(*(column.place.module.register_forward_hook(tap(column)) for column in columns)):
         yield
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import pke_fast
 from pke_fast.errors import InputError, PatchError
-from pke_fast.layer_patch import PROJECTIONS, LayerPatch, equal_rows
+from pke_fast.kinds import PROJECTIONS
+from pke_fast.layer_patch import LayerPatch, equal_rows
 from pke_fast.patch import Patch
 
 NAMED = 8  # neurons of a layer that a message names

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pke_fast.errors import InputError
+from pke_fast.kinds import PROJECTIONS, Kind
 
 Backend = Literal["auto", "reference", "native", "triton"]
 Method = Literal["pke", "dinm", "dinm-parity"]
@@ -34,6 +35,8 @@ class PKEConfig:
             when written with a point: ``(0.67, 1.0)`` is the upper third.
         per_layer_cap: most hot spots in one layer; None for no cap.
         exclude: neurons to leave alone, each ``"layer:neuron"``.
+        projections: which of a hot spot's weights change: its rows of ``gate`` and ``up``, which decide when it is
+            active, and its column of ``down``, which is what it then says.
         score: what ranks the neurons: ``contrast`` (weight change x activation path on the unsafe requests less the
             same on the locality pairs), ``toxic`` (without the locality side), one of its factors, or ``random``.
         score_loss: the loss whose gradient scores: of the safe answer, of the unsafe one, or their difference.
@@ -68,6 +71,7 @@ class PKEConfig:
     window: tuple[float, float] = (0.67, 1.0)
     per_layer_cap: int | None = None
     exclude: tuple[str, ...] = ()
+    projections: tuple[Kind, ...] = PROJECTIONS
     score: Score = "contrast"
     score_loss: ScoreLoss = "safe"
     score_pairs: int = 128
@@ -136,6 +140,11 @@ class PKEConfig:
         """A copy with some settings changed. Raises `InputError` for an unknown name or a bad value."""
         _known(changes)
         return dataclasses.replace(self, **changes)
+
+    @property
+    def edited(self) -> tuple[Kind, ...]:
+        """The projections that the method changes: `projections`, and DINM's down alone."""
+        return self.projections if self.method == "pke" else ("down",)
 
     def as_dict(self) -> dict[str, Any]:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
@@ -227,6 +236,10 @@ def _checked(name: str, value: Any) -> Any:
         pair = isinstance(value, list | tuple) and len(value) == 2
         _require(pair and all(_is_number(v) for v in value), name, value, "two numbers")
         return tuple(value)
+    if name == "projections":
+        listed = isinstance(value, list | tuple) and len(value) > 0
+        _require(listed and set(value) <= set(PROJECTIONS), name, value, "one or more of " + ", ".join(PROJECTIONS))
+        return tuple(kind for kind in PROJECTIONS if kind in value)
     if name == "exclude":
         listed = isinstance(value, list | tuple)
         _require(listed and all(_is_neuron(v) for v in value), name, value, 'a list of "layer:neuron"')

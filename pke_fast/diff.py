@@ -16,7 +16,8 @@ import torch
 import pke_fast
 from pke_fast.errors import InputError, PatchError
 from pke_fast.journal import reading
-from pke_fast.layer_patch import PROJECTIONS, LayerPatch
+from pke_fast.kinds import PROJECTIONS
+from pke_fast.layer_patch import LayerPatch
 from pke_fast.patch import Patch
 from pke_fast.projections import Projection, find_projections
 from pke_fast.shards import StoredTensor, read_checkpoint

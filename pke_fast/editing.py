@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from pke_fast.batches import pack
-from pke_fast.columns import Columns, gradients_into, put_back_on_failure
+from pke_fast.columns import Columns, columns_of, gradients_into, put_back_on_failure
 from pke_fast.config import PKEConfig
 from pke_fast.encoding import Encoded
 from pke_fast.errors import EditError
+from pke_fast.layer_patch import LayerPatch
 from pke_fast.objective import answer_loss, locality_loss
 from pke_fast.pace import Pace, is_out_of_memory
-from pke_fast.patch import LayerPatch
 from pke_fast.ranks import ALONE, Ranks
 from pke_fast.resume import NOWHERE, Snapshot
 from pke_fast.structure import Structure
@@ -27,7 +27,7 @@ from pke_fast.tape import Tape, record
 
 T = TypeVar("T")
 
-LR_OF_RMS = 0.01  # tuned on SmolLM2-135M, whose down projections have an rms of 0.19
+LR_OF_RMS = 0.01  # of the old values' rms, projection by projection; tuned on SmolLM2-135M
 GENTLER = "lower lr (--set lr=...), or load the model in fp32 or bf16"
 STEPS = "Editing the hot spots"  # the stage that advances by steps
 STOP_WINDOW = 4  # steps in the running means that stop an edit
@@ -59,7 +59,7 @@ class Outcome:
     """What an edit did.
 
     Attributes:
-        layers: old and new columns, as a patch keeps them.
+        layers: old and new weights of the hot spots, as a patch keeps them.
         steps: the learning curve.
         before, after: the losses over everything, `after` with the weights in the model's own dtype.
         stopped: why it stopped, in words.
@@ -120,7 +120,7 @@ class Trainer:
         self.structure, self.columns, self.config, self.ranks = structure, columns, config, ranks
         self.pace = pace or Pace.unplanned(config)
         self._first = min(column.layer for column in columns)
-        self._most_lr = _default_lr(columns) if config.lr is None else config.lr
+        self._most_lr = [LR_OF_RMS * column.rms if config.lr is None else config.lr for column in columns]
         self._shuffle = random.Random(config.seed)
         self._pad_id = pad_id
         self.requests: list[_Minibatch] = []
@@ -256,22 +256,17 @@ class Trainer:
 
     def update(self, number: int) -> None:
         """The step's update from the gradients, in place; nothing waits for the device."""
-        for column in self.columns:
-            column.update(self.config, self._lr(number))
+        left = self._lr_left(number)
+        for column, most in zip(self.columns, self._most_lr, strict=True):
+            column.update(self.config, left * most)
 
-    def _lr(self, number: int) -> float:
-        """The learning rate of a step: from `lr` down to `lr_end` of it, linearly."""
-        config = self.config
-        left = config.lr_end + (1 - config.lr_end) * max(0.0, 1 - number / max(1, config.num_steps - 1))
-        return left * self._most_lr
+    def _lr_left(self, number: int) -> float:
+        """The share of the learning rate at a step: from 1 down to `lr_end`, linearly."""
+        end = self.config.lr_end
+        return end + (1 - end) * max(0.0, 1 - number / max(1, self.config.num_steps - 1))
 
     def _next(self, minibatches: list[_Minibatch], number: int) -> _Minibatch:
         return minibatches[number % len(minibatches)]
-
-
-def _default_lr(columns: Sequence[Columns]) -> float:
-    squares = torch.cat([column.old.flatten() for column in columns]).square()
-    return LR_OF_RMS * float(squares.mean().sqrt())
 
 
 def _good_enough(recent: Sequence[Step], config: PKEConfig) -> bool:
@@ -303,7 +298,7 @@ def edit_columns(
     Raises:
         EditError: a loss became NaN. The weights are then as they were, as after any other exception.
     """
-    columns = [Columns(structure, layer, neurons) for layer, neurons in sorted(hot_spots.items())]
+    columns = columns_of(structure, hot_spots, config.edited)
     with put_back_on_failure(columns):
         with stage("Running the layers below, once", len(requests) + len(locality)) as advance:
             trainer = Trainer(structure, columns, requests, locality, config, pad_id, advance, pace=pace, ranks=ranks)
@@ -331,7 +326,7 @@ def _state(columns: Sequence[Columns], steps: Sequence[Step], pace: Pace) -> dic
     made = torch.tensor([astuple(step) for step in steps], dtype=torch.float64)
     state = {"steps": made, "tokens": torch.tensor(pace.tokens)}
     for column in columns:
-        state |= {f"{column.layer}.{name}": tensor for name, tensor in column.state().items()}
+        state |= {f"{column.name}.{name}": tensor for name, tensor in column.state().items()}
     return state
 
 
@@ -341,6 +336,6 @@ def _resumed(columns: Sequence[Columns], trainer: Trainer, state: Mapping[str, T
         return []
     trainer.resume(int(state["tokens"]))
     for column in columns:
-        mine = f"{column.layer}."
+        mine = f"{column.name}."
         column.set_state({name.removeprefix(mine): t for name, t in state.items() if name.startswith(mine)})
     return [Step(int(number), *losses) for number, *losses in state["steps"].tolist()]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from pke_fast.errors import PatchError
+from pke_fast.kinds import PROJECTIONS, Kind
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 TENSORS = ("neurons", "old", "new")
-Kind = Literal["gate", "up", "down"]
-PROJECTIONS: tuple[Kind, ...] = ("gate", "up", "down")  # the order in which a patch has those of a layer
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 _REMAKE = "make the patch again with pke-fast edit"
 

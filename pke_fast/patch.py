@@ -14,7 +14,8 @@ import pke_fast.ops  # noqa: F401  registers torch.ops.pke_fast
 from pke_fast import patch_file
 from pke_fast.errors import PatchError
 from pke_fast.kernels.sparse_columns import read_columns
-from pke_fast.layer_patch import DTYPES, PROJECTIONS, TENSORS, LayerPatch, check_weight, differing, incomplete, refuse
+from pke_fast.kinds import PROJECTIONS
+from pke_fast.layer_patch import DTYPES, TENSORS, LayerPatch, check_weight, differing, incomplete, refuse
 
 if TYPE_CHECKING:
     from torch import nn

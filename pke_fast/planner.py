@@ -15,7 +15,7 @@ import torch
 
 from pke_fast.batches import make_batch
 from pke_fast.budget import free_bytes
-from pke_fast.columns import Columns
+from pke_fast.columns import columns_of
 from pke_fast.config import PKEConfig
 from pke_fast.editing import Trainer
 from pke_fast.encoding import Encoded
@@ -225,7 +225,7 @@ class Planner:
         config = self._config
         each = max(1, config.k // (end - first)) if config.method == "pke" else self._neurons
         neurons = torch.arange(min(each, self._neurons))
-        columns = [Columns(structure, layer, neurons) for layer in range(first, end)]
+        columns = columns_of(structure, dict.fromkeys(range(first, end), neurons), config.edited)
         most = max(_tokens_of(requests), _tokens_of(locality))
         trainer = Trainer(structure, columns, requests, locality, config, 0, pace=Pace(most, None, kept))
         trainer.gradients(0)

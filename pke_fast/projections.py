@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pke_fast.errors import InputError
-from pke_fast.layer_patch import Kind, LayerPatch
+from pke_fast.kinds import Kind
+from pke_fast.layer_patch import LayerPatch
 from pke_fast.shards import StoredTensor
 from pke_fast.stored import names_of
 

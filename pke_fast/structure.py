@@ -7,10 +7,10 @@ each other (which is the gate, which activation is between them) is read off a s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pke_fast.errors import InputError
 from pke_fast.kernels.edit_loss import logits_of
 from pke_fast.kernels.glu_score import ACTIVATIONS
+from pke_fast.kinds import PROJECTIONS, Kind
 
 CONFIGURED = {  # what configurations call the activations
     "silu": {"silu", "swish"},
@@ -39,6 +40,7 @@ class MLP:
         weight: the name of `down`'s weight among the model's parameters.
         axis: the dimension of that weight that counts neurons.
         gate, up: the projections into the MLP; `up` is None for a plain MLP, and is `gate` for one fused [2D, d].
+        names: the names of all its projections' weights, by the module's id.
         act: a name in `ACTIVATIONS`; None where no form gives h, which is then taken at `down`'s input.
     """
 
@@ -48,6 +50,7 @@ class MLP:
     axis: int
     gate: nn.Module
     up: nn.Module | None
+    names: Mapping[int, str]
     act: str | None = None
 
     @property
@@ -58,6 +61,29 @@ class MLP:
     def projections(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """gate(x) and up(x), [.., D] each; None for the `up` of a plain MLP, and of a fused one with gate [.., 2D]."""
         return self.gate(x), None if self.up is None or self.fused else self.up(x)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The projections it has, in the order of a patch."""
+        return tuple(kind for kind in PROJECTIONS if kind != "up" or self.up is not None)
+
+    def place(self, kind: Kind) -> Place:
+        """Where a projection keeps its neurons."""
+        module = {"gate": self.gate, "up": self.up, "down": self.down}[kind]
+        assert module is not None
+        transposed = type(module).__name__ == "Conv1D"
+        out, _ = _linear_shape(module) or (0, 0)
+        offset = out // 2 if kind == "up" and self.fused else 0
+        return Place(module, self.names[id(module)], int(transposed != (kind == "down")), offset)
+
+
+class Place(NamedTuple):
+    """Where a projection keeps its neurons: its module, its weight's name, the axis that counts them, and the first."""
+
+    module: nn.Module
+    weight: str
+    axis: int
+    offset: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,12 +247,14 @@ def _find_mlp(layer: nn.Module, d: int, names: dict[int, str], index: int) -> ML
             up = gate
         elif not (len(shapes) == 1 and shapes[0][0] == width):
             continue
-        if id(down.weight) not in names:
-            raise InputError(
-                f"the down projection of layer {index} has no plain weight", do="remove its parametrisation"
-            )
+        for what, projection in (("down", down), ("gate", gate), ("up", up)):
+            if projection is not None and id(projection.weight) not in names:
+                raise InputError(
+                    f"the {what} projection of layer {index} has no plain weight", do="remove its parametrisation"
+                )
         axis = 0 if type(down).__name__ == "Conv1D" else 1
-        return MLP(module, down, names[id(down.weight)], axis, gate, up)
+        own = {id(projection): names[id(projection.weight)] for projection in (gate, up, down) if projection}
+        return MLP(module, down, names[id(down.weight)], axis, gate, up, own)
     listing = ", ".join(
         f"{name} {list(shape)}" for name, module in layer.named_modules() if (shape := _linear_shape(module))
     )

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from pke_fast import ops
-from pke_fast.columns import Columns
+from pke_fast.columns import columns_of
 from pke_fast.config import PKEConfig
 from pke_fast.editing import Trainer, edit_columns
 from pke_fast.errors import EditError
 from pke_fast.kernels.sparse_columns import read_columns
+from pke_fast.kinds import PROJECTIONS
 from pke_fast.stages import Stages
 from pke_fast.structure import find_structure
 from pke_fast.testing import FAMILIES, NEURONS, tiny_model
@@ -40,9 +41,9 @@ def edited(family, sequences, dtype="fp32", config=CONFIG, hot_spots=HOT_SPOTS):
 
 
 def dense_gradient(model, requests, locality, base, config):
-    """The gradient of the whole loss for every down projection, by the model's own forward, one sequence at a time."""
-    structure = find_structure(model)
-    weights = [mlp.down.weight.requires_grad_() for mlp in structure.mlps]
+    """The gradient of the whole loss by weight, by the model's own forward, one sequence at a time."""
+    weights = dict(model.named_parameters())
+    model.requires_grad_(True)
     loss = torch.zeros(())
     for sequence in requests:
         ids = torch.tensor([sequence.ids])
@@ -60,7 +61,7 @@ def dense_gradient(model, requests, locality, base, config):
         loss = loss + config.w_kl * (kl * weight / weight.sum()).sum() / len(locality)
     loss.backward()
     model.requires_grad_(False)
-    return [weight.grad for weight in weights]
+    return {name: weight.grad for name, weight in weights.items()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -69,18 +70,19 @@ def test_the_sparse_gradient_is_the_dense_ones(family, sequences):
     model, base = (tiny_model(family).requires_grad_(False) for _ in range(2))
     requests, locality = sequences(6), sequences(9, seed=1)
     structure = find_structure(model)
-    columns = [Columns(structure, layer, neurons) for layer, neurons in HOT_SPOTS.items()]
+    columns = columns_of(structure, HOT_SPOTS, PROJECTIONS)
+    assert {column.projection for column in columns} == set(structure.mlps[1].kinds)
     trainer = Trainer(structure, columns, requests, locality, config, PAD)
     for column in columns:  # away from the base model, where the KL's gradient is zero
         noise = torch.randn(column.old.shape, generator=torch.Generator().manual_seed(column.layer)) * 0.3
-        torch.ops.pke_fast.write_columns(column.weight, column.mlp.axis, column.neurons, column.old + noise)
+        torch.ops.pke_fast.write_columns(column.weight, column.axis, column.neurons, column.old + noise)
     kept = []
     for column in columns:
         column.update = lambda _config, _lr, column=column: kept.append(column.grad.clone())
     step = trainer.step(0)
     dense = dense_gradient(model, requests, locality, base, config)
     for column, ours in zip(columns, kept, strict=True):
-        truth = read_columns(dense[column.layer], column.mlp.axis, column.neurons)
+        truth = read_columns(dense[column.place.weight], column.axis, column.neurons)
         assert float((ours - truth).norm() / truth.norm()) < 1e-5
     assert step.loss == pytest.approx(config.w_edit * step.edit + config.w_kl * step.kl)
     assert step.kl > 0
@@ -97,7 +99,7 @@ def test_a_step_of_one_micro_batch_is_one_op(sequences, monkeypatch):
         model = tiny_model("llama").requires_grad_(False)
         edit_columns(find_structure(model), HOT_SPOTS, sequences(3), [], config, pad_id=PAD, stage=Stages().stage)
         counts = [ran.count(f"sparse_column_{name}") for name in ("step", "grad", "update")]
-        assert counts == ([2, 0, 0] if tokens > 1 else [0, 6, 2])  # two layers, three requests
+        assert counts == ([6, 0, 0] if tokens > 1 else [0, 18, 6])  # two layers, three projections, three requests
         weights.append(torch.cat([find_structure(model).down_weight(layer).flatten() for layer in HOT_SPOTS]))
     before = find_structure(tiny_model("llama").requires_grad_(False))
     base = torch.cat([before.down_weight(layer).flatten() for layer in HOT_SPOTS])
@@ -205,16 +207,21 @@ def unchanged(model, dtype="fp32"):
 
 def test_the_learning_rate_falls_linearly_and_suits_the_weights_by_default(sequences):
     structure = find_structure(tiny_model("llama").requires_grad_(False))
-    columns = [Columns(structure, layer, neurons) for layer, neurons in HOT_SPOTS.items()]
+    columns = columns_of(structure, HOT_SPOTS, ("up", "down"))
 
     def rates(**settings):
         config = CONFIG.replace(num_steps=5, **settings)
         trainer = Trainer(structure, columns, sequences(2), [], config, PAD)
-        return [trainer._lr(step) for step in (0, 2, 4)]
+        made = []
+        for column in columns:
+            column.update = lambda _config, lr: made.append(lr)
+        for step in (0, 2, 4):
+            trainer.update(step)
+        return made
 
-    assert rates(lr=1.0, lr_end=0.5) == pytest.approx([1.0, 0.75, 0.5])
-    every = torch.cat([column.old.flatten() for column in columns])
-    assert rates(lr=None, lr_end=1.0) == pytest.approx([0.01 * float(every.square().mean().sqrt())] * 3)
+    assert rates(lr=1.0, lr_end=0.5) == pytest.approx([rate for rate in (1.0, 0.75, 0.5) for _ in columns])
+    own = [0.01 * float(column.old.square().mean().sqrt()) for column in columns]
+    assert rates(lr=None, lr_end=1.0) == pytest.approx(own * 3)
 
 
 def test_an_update_that_breaks_the_model_in_the_last_step_is_no_success(sequences):

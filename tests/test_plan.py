@@ -21,7 +21,7 @@ from pke_fast import planner as planning
 from pke_fast.batches import make_batch
 from pke_fast.budget import parse_bytes
 from pke_fast.cli import main
-from pke_fast.columns import Columns
+from pke_fast.columns import columns_of
 from pke_fast.config import PKEConfig
 from pke_fast.editing import Trainer
 from pke_fast.encoding import Encoded
@@ -83,7 +83,7 @@ def test_a_rehearsed_batch_takes_what_the_real_one_takes(family, kept, monkeypat
         score_batch(structure, make_batch(made, range(6), 259), torch.ones(6), 1, kept)
 
     def stepped(structure):
-        columns = [Columns(structure, layer, torch.arange(6)) for layer in (1, 2)]
+        columns = columns_of(structure, dict.fromkeys((1, 2), torch.arange(6)), CONFIG.edited)
         config = CONFIG.replace(lr=1e-3)
         trainer = Trainer(structure, columns, made[:4], made[2:], config, 259, pace=Pace(512, None, kept))
         trainer.gradients(0)
