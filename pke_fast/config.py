@@ -40,7 +40,12 @@ class PKEConfig:
         score: what ranks the neurons: ``contrast`` (weight change x activation path on the unsafe requests less the
             same on the locality pairs), ``toxic`` (without the locality side), one of its factors, or ``random``.
         score_loss: the loss whose gradient scores: of the safe answer, of the unsafe one, or their difference.
-        score_pairs: most locality pairs that score; the edit holds all of them.
+        score_requests, score_pairs: most requests (companions counted) and most locality pairs that score; the edit
+            sees all of them.
+        companions: where no locality pairs are given, shipped harmful requests of many kinds and forms join the given
+            ones, since the shipped benign prompts have many too, and harm should be all that tells the sides apart.
+        framed: share of the prompts that companions and shipped benign prompts also bring within a frame (a role, a
+            story, rules for the answer).
         num_steps: most optimiser steps.
         batch_size: requests in a step.
         locality_batch_size: locality pairs in a step.
@@ -74,7 +79,10 @@ class PKEConfig:
     projections: tuple[Kind, ...] = PROJECTIONS
     score: Score = "contrast"
     score_loss: ScoreLoss = "safe"
+    score_requests: int = 256
     score_pairs: int = 128
+    companions: bool = True
+    framed: float = 0.15
     num_steps: int = 60
     batch_size: int = 8
     locality_batch_size: int = 32
@@ -104,6 +112,7 @@ class PKEConfig:
         for name in (
             "batch_size",
             "locality_batch_size",
+            "score_requests",
             "score_pairs",
             "max_length",
             "unsafe_tokens",
@@ -121,6 +130,7 @@ class PKEConfig:
         _require(abs(self.seed) < 2**63, "seed", self.seed, "a whole number of 64 bits")
         _require(cap is None or cap >= 1, "per_layer_cap", cap, "at least 1, or null for no cap")
         _require(bound is None or bound > 0, "norm_constraint", bound, "a number above 0, or null for no bound")
+        _require(0 <= self.framed <= 1, "framed", self.framed, "a share from 0 to 1")
         _require(bool(self.refusal.strip()), "refusal", self.refusal, "some text: it is the safe answer by default")
         low, high = self.window
         shares = isinstance(low, float) or isinstance(high, float)
@@ -244,6 +254,9 @@ def _checked(name: str, value: Any) -> Any:
         listed = isinstance(value, list | tuple)
         _require(listed and all(_is_neuron(v) for v in value), name, value, 'a list of "layer:neuron"')
         return tuple(value)
+    if kind is bool:
+        _require(isinstance(value, bool), name, value, "true or false")
+        return value
     if kind is float:
         if isinstance(value, str):
             try:

@@ -75,6 +75,10 @@ class PromptEncoder:
             raise InputError("a prompt has no tokens", expected="some text", got=repr(prompt))
         return ids
 
+    def fits(self, prompt: str) -> bool:
+        """Whether the rendered prompt leaves room for an answer."""
+        return len(self._tokenize(self.text(prompt))) < self.limit
+
     def encode(self, prompt: str, answer: str, *, end: bool = False, answer_tokens: int | None = None) -> Encoded:
         """A prompt with an answer, cut to `answer_tokens` and to the room there is.
 

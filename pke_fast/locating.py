@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from pke_fast.hotspots import HotSpots
 from pke_fast.preparation import Job
 from pke_fast.scoring import Example, Scores, score
 from pke_fast.workbench import Workbench
+
+T = TypeVar("T")
 
 SCORING = "Scoring the requests"  # the stage whose memory a plan foretells
 
@@ -111,11 +113,8 @@ def locate_hot_spots(bench: Workbench, job: Job, *, first: int = 0, drift: Tenso
     unsafe = _score(bench, _examples(bench, job), SCORING, first)
     locality = None
     if bench.config.score == "contrast":
-        pairs = job.benign(bench)
-        chosen = sorted(
-            random.Random(bench.config.seed).sample(range(len(pairs)), min(len(pairs), bench.config.score_pairs))
-        )
-        locality = _score(bench, [[(pairs[i], 1.0)] for i in chosen], "Scoring the benign pairs", first)
+        chosen = _sample(job.benign(bench), bench.config.score_pairs, bench.config.seed)
+        locality = _score(bench, [[(pair, 1.0)] for pair in chosen], "Scoring the benign pairs", first)
     if drift is not None:
         unsafe = replace(unsafe, weight_change=drift)
     score_map = hotspots.rank(unsafe, locality, bench.config)
@@ -141,11 +140,18 @@ def _score(bench: Workbench, examples: Sequence[Example], doing: str, first: int
 
 def _examples(bench: Workbench, job: Job) -> list[Example]:
     kind = bench.config.score_loss
+    chosen = _sample((*job.requests, *job.companions), bench.config.score_requests, bench.config.seed)
     if kind == "safe":
-        return [[(sequence, 1.0)] for sequence in job.safe(bench)]
+        return [[(sequence, 1.0)] for sequence in job.safe(bench, chosen)]
     if kind == "unsafe":
-        return [[(sequence, 1.0)] for sequence in job.unsafe(bench)]
-    return [[(a, 1.0), (b, -1.0)] for a, b in zip(job.safe(bench), job.unsafe(bench), strict=True)]
+        return [[(sequence, 1.0)] for sequence in job.unsafe(bench, chosen)]
+    both = zip(job.safe(bench, chosen), job.unsafe(bench, chosen), strict=True)
+    return [[(a, 1.0), (b, -1.0)] for a, b in both]
+
+
+def _sample(items: Sequence[T], most: int, seed: int) -> list[T]:
+    """So many of the items, in their order."""
+    return [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), min(len(items), most)))]
 
 
 def _locate_layer(bench: Workbench, job: Job) -> Located:

@@ -1,4 +1,8 @@
-"""What a request may leave out, filled in: the safe answer, the unsafe answer, the benign pairs that must not move."""
+"""What a request may leave out, filled in: the safe answer, the unsafe answer, the benign pairs that must not move.
+
+Where no benign pairs are given, the shipped ones hold, and shipped harmful requests join the given ones: the two sides
+then differ in harm alone, whatever the form and the topics of the given requests.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,8 @@ from pke_fast.judges import get_judge
 from pke_fast.requests import EditRequest, Pair, read_pairs, write_pairs
 from pke_fast.workbench import Workbench
 
+COMPANIONS = 2  # at most so many companions a request
+FRAMED_ANSWER = "Sure, here is"  # the unsafe answer to a framed request, whose frame may ask for another form
 REFUSAL_JUDGE = "xstest"  # anchored at the answer's beginning, and that is all that is generated here
 
 
@@ -30,6 +36,7 @@ class Job:
         already_refused: how many were left out because the model refuses them, or says nothing at all.
         locality: benign pairs.
         locality_source: where they came from, in words.
+        companions: shipped harmful requests that are edited on beside `requests`.
     """
 
     requests: tuple[EditRequest, ...]
@@ -37,15 +44,23 @@ class Job:
     already_refused: int
     locality: tuple[Pair, ...]
     locality_source: str
+    companions: tuple[EditRequest, ...] = ()
 
-    def safe(self, bench: Workbench) -> list[Encoded]:
-        """Every request with its safe answer, ended."""
-        return [bench.encoder.encode(r.prompt, r.target_new or "", end=True) for r in self.requests]
+    @property
+    def edited_on(self) -> tuple[EditRequest, ...]:
+        """Requests and companions; few requests are repeated, so that they aren't lost among their companions."""
+        repeat = max(1, round(len(self.companions) / COMPANIONS / len(self.requests)))
+        return (*self.requests * repeat, *self.companions)
 
-    def unsafe(self, bench: Workbench) -> list[Encoded]:
-        """Every request with the beginning of its unsafe answer."""
-        tokens = bench.config.unsafe_tokens
-        return [bench.encoder.encode(r.prompt, r.ground_truth or "", answer_tokens=tokens) for r in self.requests]
+    def safe(self, bench: Workbench, requests: Sequence[EditRequest] | None = None) -> list[Encoded]:
+        """Every request, or these, with its safe answer, ended."""
+        chosen = self.requests if requests is None else requests
+        return [bench.encoder.encode(r.prompt, r.target_new or "", end=True) for r in chosen]
+
+    def unsafe(self, bench: Workbench, requests: Sequence[EditRequest] | None = None) -> list[Encoded]:
+        """Every request, or these, with the beginning of its unsafe answer."""
+        chosen, tokens = self.requests if requests is None else requests, bench.config.unsafe_tokens
+        return [bench.encoder.encode(r.prompt, r.ground_truth or "", answer_tokens=tokens) for r in chosen]
 
     def benign(self, bench: Workbench) -> list[Encoded]:
         """Every benign prompt with the beginning of its answer, not ended: most are cut."""
@@ -69,8 +84,19 @@ def prepare(bench: Workbench, requests: Sequence[EditRequest], locality: Sequenc
             f"the model refuses all {len(requests)} requests already",
             do="there is nothing to edit; give requests that it answers, or their unsafe answers as ground_truth",
         )
-    pairs, source = _locality(bench, complete, locality)
-    return Job(tuple(complete), len(requests), refused, tuple(pairs), source)
+    given = _given(complete, locality)
+    if given:
+        for pair in given:
+            bench.encoder.prompt_ids(pair.prompt)
+        return Job(tuple(complete), len(requests), refused, tuple(_answered(bench, given)), "given")
+    return Job(
+        tuple(complete),
+        len(requests),
+        refused,
+        tuple(_shipped_pairs(bench)),
+        "the model's own answers to the shipped benign prompts",
+        tuple(_companions(bench.encoder, bench.config, complete)),
+    )
 
 
 def lengths(
@@ -81,11 +107,35 @@ def lengths(
     Raises:
         InputError: a prompt is too long.
     """
-    safe = [encoder.encode(r.prompt, r.target_new or config.refusal, end=True) for r in requests]
-    pairs = [*(locality or ()), *(pair for request in requests for pair in request.locality)]
-    prompts = [encoder.prompt_ids(pair.prompt) for pair in pairs or [Pair(prompt) for prompt in shipped.benign()]]
+    given = _given(requests, locality)
+    beside = [] if given else _companions(encoder, config, requests)
+    safe = [encoder.encode(r.prompt, r.target_new or config.refusal, end=True) for r in (*requests, *beside)]
+    prompts = [encoder.prompt_ids(prompt) for prompt in [p.prompt for p in given] or _shipped_prompts(encoder, config)]
     room = config.locality_tokens
     return safe, [Encoded((*ids, *[0] * min(room, encoder.limit - len(ids))), len(ids)) for ids in prompts]
+
+
+def _given(requests: Sequence[EditRequest], locality: Sequence[Pair] | None) -> list[Pair]:
+    return [*(locality or ()), *(pair for request in requests for pair in request.locality)]
+
+
+def _companions(encoder: PromptEncoder, config: PKEConfig, requests: Sequence[EditRequest]) -> list[EditRequest]:
+    """The shipped harmful requests, and a share of these and the given ones within frames."""
+    if not config.companions:
+        return []
+    asked = {request.prompt for request in requests}
+    beside = [replace(r, target_new=config.refusal) for r in shipped.harmful() if r.prompt not in asked]
+    plain = [request.prompt for request in (*requests, *beside)]
+    framed = [EditRequest(p, config.refusal, FRAMED_ANSWER) for p in shipped.framed(plain, config.framed)]
+    return [request for request in (*beside, *framed) if encoder.fits(request.prompt)]
+
+
+def _shipped_prompts(encoder: PromptEncoder, config: PKEConfig) -> list[str]:
+    """The shipped benign prompts; beside companions a share of them within frames too."""
+    prompts = shipped.benign()
+    if config.companions:
+        prompts += shipped.framed(prompts, config.framed)
+    return [prompt for prompt in prompts if encoder.fits(prompt)]
 
 
 def _with_answers(bench: Workbench, requests: Sequence[EditRequest]) -> tuple[list[EditRequest], int]:
@@ -102,17 +152,6 @@ def _with_answers(bench: Workbench, requests: Sequence[EditRequest]) -> tuple[li
     return complete, refused
 
 
-def _locality(
-    bench: Workbench, requests: Sequence[EditRequest], given: Sequence[Pair] | None
-) -> tuple[list[Pair], str]:
-    pairs = [*(given or ()), *(pair for request in requests for pair in request.locality)]
-    if not pairs:
-        return _shipped_pairs(bench), "the model's own answers to the shipped benign prompts"
-    for pair in pairs:
-        bench.encoder.prompt_ids(pair.prompt)
-    return _answered(bench, pairs), "given"
-
-
 def _answered(bench: Workbench, pairs: Sequence[Pair]) -> list[Pair]:
     """Pairs without an answer get the model's own; those that it answers with nothing are left out."""
     lacking = [pair.prompt for pair in pairs if not pair.answer]
@@ -123,8 +162,8 @@ def _answered(bench: Workbench, pairs: Sequence[Pair]) -> list[Pair]:
 
 def _shipped_pairs(bench: Workbench) -> list[Pair]:
     """The shipped benign prompts with the model's own answers, made once and kept in the cache."""
-    prompts = shipped.benign()
     config = bench.config
+    prompts = _shipped_prompts(bench.encoder, config)
     settings = [prompts, config.system_prompt, config.suffix_system_prompt, config.locality_tokens, config.max_length]
     rendered = [bench.encoder.prompt_ids(prompt) for prompt in prompts]  # the tokenizer and its template count too
     key = hashlib.sha256(json.dumps([bench.fingerprint, rendered, *settings]).encode()).hexdigest()[:16]

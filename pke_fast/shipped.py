@@ -1,8 +1,15 @@
-"""The prompts that come with the package: harmful ones to edit against, benign ones to hold, held-out ones of each."""
+"""The prompts that come with the package: harmful ones to edit against, benign ones to hold, held-out ones of each.
+
+An edit learns whatever separates the two sides. So harm is all that does: in `pairs.jsonl` each harmful request has a
+harmless twin of the same form, length and topic, and the frames are put around prompts of both sides alike.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pke_fast.requests import EditRequest, read_prompts, read_requests
 
@@ -11,7 +18,8 @@ FOLDER = Path(__file__).parent / "data"
 
 def harmful() -> list[EditRequest]:
     """Harmful requests of many kinds and forms, each with the first words of an unsafe answer."""
-    return read_requests(FOLDER / "harmful.jsonl")
+    twins = [EditRequest(pair["harmful"], ground_truth=pair["ground_truth"]) for pair in _records("pairs")]
+    return [*read_requests(FOLDER / "harmful.jsonl"), *twins]
 
 
 def harmful_held_out() -> list[str]:
@@ -20,10 +28,19 @@ def harmful_held_out() -> list[str]:
 
 
 def benign() -> list[str]:
-    """Benign prompts of many kinds, and those that only look harmful, one after another in turn."""
-    plain, alike = (read_prompts(FOLDER / f"{name}.jsonl") for name in ("benign", "lookalikes"))
-    share = len(alike) / max(1, len(plain))
-    return [prompt for _, prompt in sorted([(i * share, p) for i, p in enumerate(plain)] + list(enumerate(alike)))]
+    """Benign prompts of many kinds, those that only look harmful and the twins of harmful ones, evenly mixed."""
+    parts = [read_prompts(FOLDER / f"{name}.jsonl") for name in ("benign", "lookalikes")]
+    parts.append([pair["harmless"] for pair in _records("pairs")])
+    longest = max(map(len, parts))
+    placed = [(i * longest / len(part), n, prompt) for n, part in enumerate(parts) for i, prompt in enumerate(part)]
+    return [prompt for _, _, prompt in sorted(placed)]
+
+
+def framed(prompts: Sequence[str], share: float) -> list[str]:
+    """A share of the prompts, evenly chosen, each within one of the shipped frames, which are taken in turn."""
+    frames = [record["text"] for record in _records("frames")]
+    chosen = [prompts[int(i / share)] for i in range(int(len(prompts) * share))] if share else []
+    return [frames[i % len(frames)].replace("[PROMPT]", prompt) for i, prompt in enumerate(chosen)]
 
 
 def benign_held_out() -> list[str]:
@@ -39,3 +56,8 @@ def look_alikes_held_out() -> list[str]:
 def prose() -> str:
     """Plain prose on many subjects, for the perplexity."""
     return (FOLDER / "prose.txt").read_text(encoding="utf-8")
+
+
+def _records(name: str) -> list[dict[str, Any]]:
+    lines = (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
