@@ -177,7 +177,9 @@ def check_finite(model: nn.Module) -> None:
     """Raises InputError, naming the first parameter that has a NaN or an infinity in it."""
     import torch
 
-    for name, parameter in model.named_parameters():
+    from pke_fast.placement import stored_parameters
+
+    for name, parameter in stored_parameters(model):
         if parameter.numel() and not torch.isfinite(torch.stack(parameter.detach().aminmax())).all():
             raise InputError(
                 f"the model's weights aren't finite: {name}",

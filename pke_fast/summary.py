@@ -51,7 +51,7 @@ def facts_of(structure: Structure, name: str, fingerprint: str) -> dict[str, Any
         "neurons_per_layer": structure.neurons,
         "hidden_size": structure.hidden_size,
         "dtype": DTYPES.get(str(structure.dtype), str(structure.dtype)),
-        "device": str(structure.device),
+        "device": ", ".join(dict.fromkeys(str(structure.device_of(i)) for i in range(len(structure.layers)))),
     }
 
 

@@ -68,7 +68,7 @@ class Tape:
 
     def supervised(self, top: Tensor) -> Tensor:
         """The head's input [N, d] at the batch's supervised positions, from the last layer's output."""
-        return self.structure.finish(top.flatten(0, 1).index_select(0, self.batch.positions))
+        return self.structure.finish(top.flatten(0, 1).index_select(0, self.batch.positions.to(top.device)))
 
     def there_and_back(
         self, loss_of: Callable[[Tensor], Tensor], kept: int | None = None, scale: float = 1.0

@@ -11,11 +11,11 @@ from typing import Any
 from pke_fast.choice import using
 from pke_fast.config import PKEConfig
 from pke_fast.encoding import PromptEncoder
-from pke_fast.errors import InputError
 from pke_fast.fingerprint import fingerprint
 from pke_fast.generation import generate
 from pke_fast.loading import check_finite, context_length, pad_token_id
 from pke_fast.pace import Pace
+from pke_fast.placement import check_placement, input_device
 from pke_fast.ranks import ALONE, Ranks
 from pke_fast.resume import Resume
 from pke_fast.stages import Stages
@@ -80,29 +80,22 @@ def laid_out(model: Any) -> Iterator[str]:
     """Freezes a model in eval mode, and puts its modes and its parameters' requires_grad back; yields its device.
 
     Raises:
-        InputError: a weight isn't finite, or the weights are on several devices.
+        InputError: a weight isn't finite, or the weights lie in a way that can't be worked with (`check_placement`).
     """
-    devices = {str(parameter.device) for parameter in model.parameters()}
-    if len(devices) > 1 or "meta" in devices:
-        raise InputError(
-            "the model's weights are not all in one place",
-            expected="one device",
-            got=", ".join(sorted(devices)),
-            do="load it without device_map or offloading",
-        )
+    check_placement(model)
     modes = [(module, module.training) for module in model.modules()]
-    wanted_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    wanted_grad = [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
     try:
         model.eval()
-        for parameter, _ in wanted_grad:
+        for parameter in model.parameters():
             parameter.requires_grad_(False)
         check_finite(model)
-        yield devices.pop()
+        yield str(input_device(model))
     finally:
         for module, training in modes:
             module.training = training
-        for parameter, wanted in wanted_grad:
-            parameter.requires_grad_(wanted)
+        for name, wanted in wanted_grad:  # by name: accelerate's hooks make parameters anew
+            model.get_parameter(name).requires_grad_(wanted)
 
 
 def name_of(model: Any, name: str | None = None) -> str:
