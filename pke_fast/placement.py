@@ -59,6 +59,16 @@ def live_weight(module: nn.Module, name: str) -> Tensor:
     return weights.state_dict[key]
 
 
+def stored_weight(module: nn.Module, name: str) -> Tensor:
+    """A parameter's values as they are, to be read alone: of one on disk, a copy that isn't kept."""
+    parameter = module.get_parameter(name)
+    if not parameter.is_meta:
+        return parameter
+    weights, key = _away(module, name)
+    values: Tensor = weights[key]
+    return values
+
+
 def can_be_written(model: nn.Module, name: str) -> bool:
     """Whether `live_weight` has something to give: the parameter's values are in memory, or brought there by hooks."""
     return not model.get_parameter(name).is_meta or _weights(model, name) is not None
@@ -75,8 +85,7 @@ def stored_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if not parameter.is_meta:
             yield name, parameter
         elif name not in tied:  # weights that were taken away are no longer one object
-            weights, key = _away(model, name)
-            yield name, weights[key]
+            yield name, stored_weight(model, name)
 
 
 @contextmanager

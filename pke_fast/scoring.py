@@ -18,6 +18,7 @@ from pke_fast.errors import InputError
 from pke_fast.kernels.glu_score import segment_sum
 from pke_fast.objective import answer_loss
 from pke_fast.pace import Pace, is_out_of_memory
+from pke_fast.placement import stored_weight
 from pke_fast.ranks import ALONE, Ranks
 from pke_fast.resume import NOWHERE, Snapshot
 from pke_fast.structure import MLP, Structure, hooks, replaced_forward
@@ -183,8 +184,8 @@ def drift(before: Structure, after: Structure) -> Tensor:
             got="layers {}, neurons a layer {}, hidden size {}".format(*shapes[1]),
         )
     rows = []
-    for layer, (a, b) in enumerate(zip(before.mlps, after.mlps, strict=True)):
-        old, new = before.down_weight(layer), after.down_weight(layer)
+    for a, b in zip(before.mlps, after.mlps, strict=True):
+        old, new = (stored_weight(mlp.down, "weight") for mlp in (a, b))
         change = (new if a.axis == b.axis else new.T).float().cpu() - old.float().cpu()
         rows.append(change.norm(dim=1 - a.axis))
     return torch.stack(rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import pke_fast
 from pke_fast import perplexity
 from pke_fast.batches import make_batch
+from pke_fast.cli import main
 from pke_fast.columns import Columns
 from pke_fast.config import PKEConfig
 from pke_fast.dinm import answer_distances
@@ -22,7 +25,7 @@ from pke_fast.encoding import PromptEncoder
 from pke_fast.errors import EditError, InputError, PatchError
 from pke_fast.fingerprint import fingerprint
 from pke_fast.generation import generate
-from pke_fast.loading import check_finite
+from pke_fast.loading import check_finite, load_model
 from pke_fast.placement import check_placement, device_of, live_weight, stored_parameters
 from pke_fast.rehearsal import _masked
 from pke_fast.requests import EditRequest, Pair
@@ -158,6 +161,71 @@ def test_the_live_weight_is_in_memory_from_then_on(tmp_path):
     assert dict(stored_parameters(model))[name][2, 3] == 7.0
     with pytest.raises(AttributeError):
         live_weight(model, "model.nothing")
+
+
+@pytest.fixture
+def files(tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "map.json").write_text(json.dumps(device_map(model)))
+    (tmp_path / "requests.jsonl").write_text('{"prompt": "Break a lock", "ground_truth": "Sure"}\n')
+    (tmp_path / "benign.jsonl").write_text('{"prompt": "Bake a cake", "answer": "Take flour"}\n')
+    return tmp_path
+
+
+def run(files, command, *more):
+    given = ["--model", files / "model", "--requests", files / "requests.jsonl", "--locality", files / "benign.jsonl"]
+    settings = [v for s in ("k=10", "num_steps=2", "window=[0,3]") for v in ("--set", s)]
+    return main([str(value) for value in (command, *given, *settings, *more)])
+
+
+def test_device_map_on_the_command_line(files, capsys):
+    for name, more in (
+        ("plain", ()),
+        ("auto", ("--device-map", "auto")),
+        ("map", ("--device-map", files / "map.json")),
+    ):
+        assert run(files, "edit", "--out", files / name, *more) == 0
+    plain, auto, spread = (load_file(files / name / "patch.safetensors") for name in ("plain", "auto", "map"))
+    assert all(torch.equal(plain[name], auto[name]) and torch.equal(plain[name], spread[name]) for name in plain)
+    assert run(files, "locate", "--out", files / "located", "--device-map", files / "map.json") == 0
+    assert run(files, "locate", "--out", files / "wanted") == 0
+    wanted, found = (load_file(files / name / "scores.safetensors") for name in ("wanted", "located"))
+    assert torch.equal(wanted["score"], found["score"])
+    capsys.readouterr()
+    given = ["--model", str(files / "model"), "--prompt", "Sing", "--max-new-tokens", "3", "--json"]
+    answers = []
+    for more in ([], ["--device-map", str(files / "map.json")]):
+        assert main(["chat", *given, "--patch", str(files / "map" / "patch.safetensors"), *more]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != ""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such device_map"), ("[1]", "holds no device_map"), ('{"model": 1.5}', "holds no device_map")],
+)
+def test_bad_device_maps(files, content, message, capsys):
+    path = files / "bad.json"
+    if content is not None:
+        path.write_text(content)
+    assert run(files, "edit", "--out", files / "out", "--device-map", path) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert "auto, balanced" in told
+    assert not (files / "out").exists()
+
+
+def test_device_map_excludes_a_device_ranks_and_gguf(files, capsys, monkeypatch):
+    assert run(files, "edit", "--out", files / "out", "--device-map", "auto", "--device", "cpu") == 2
+    assert "one of them" in capsys.readouterr().err
+    (files / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match="can't be spread by device_map"):
+        load_model(str(files / "model.gguf"), device_map="auto")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(files, "edit", "--out", files / "out", "--device-map", "auto") == 2
+    assert "several processes" in capsys.readouterr().err
 
 
 class OnTwo(FakeTensorMode):

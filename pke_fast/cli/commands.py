@@ -19,7 +19,7 @@ from pke_fast.config import PKEConfig
 from pke_fast.errors import InputError
 from pke_fast.files import check_output_folder
 from pke_fast.loading import LoadedModel, load_model
-from pke_fast.ranks import ALONE, Ranks, joined, local_device
+from pke_fast.ranks import ALONE, Ranks, joined, local_device, ranks_started
 from pke_fast.report import as_json
 from pke_fast.requests import EditRequest, Pair, read_pairs, read_requests
 from pke_fast.stages import Stages
@@ -34,7 +34,14 @@ def _inputs(options: Namespace) -> tuple[list[EditRequest], list[Pair] | None]:
 
 
 def _load(options: Namespace, stages: Stages | None = None) -> LoadedModel:
-    return load_model(options.model, local_device(options.device), options.dtype, stages=stages)
+    if options.device_map and ranks_started() > 1:
+        raise InputError(
+            "--device-map and several processes",
+            expected="each process with the whole model on a device of its own, or one process with a spread model",
+            do="leave out --device-map, or torchrun",
+        )
+    device = local_device(options.device)
+    return load_model(options.model, device, options.dtype, stages=stages, device_map=options.device_map)
 
 
 def _conditions(options: Namespace) -> dict[str, Any]:
