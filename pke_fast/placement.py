@@ -7,13 +7,15 @@ every module's call. What reads or writes a weight outside of such a call asks h
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pke_fast.errors import InputError
+
+BROUGHT = "_pke_fast_brought"  # what `offloading` gives a layer whose weights come when it is called
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -104,6 +106,21 @@ def is_spread(model: nn.Module) -> bool:
     return any(_hooks(module) for module in model.modules())
 
 
+def comes_and_goes(layer: nn.Module) -> bool:
+    """Whether some of a layer's weights are only there while it is called: it had better keep no graph."""
+    if hasattr(layer, BROUGHT):
+        return True
+    return any(getattr(hook, "offload", False) for module in layer.modules() for hook in _hooks(module))
+
+
+def downwards(layers: nn.ModuleList, to: int) -> AbstractContextManager[None]:
+    """For the length of a block, layers are called in descending order, down to this one: the next is brought ahead."""
+    found: AbstractContextManager[None] | None = None
+    if hasattr(layers[to], BROUGHT):
+        found = getattr(layers[to], BROUGHT).downwards(to)
+    return found or nullcontext()
+
+
 def check_placement(model: nn.Module, layers: nn.ModuleList | None = None) -> None:
     """Raises InputError where a model lies in a way that can't be worked with, and says how it should be loaded."""
     from torch.distributed.tensor import DTensor
@@ -140,9 +157,10 @@ def check_placement(model: nn.Module, layers: nn.ModuleList | None = None) -> No
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    """accelerate's hooks of a module."""
+    """What brings a module's weights or arguments: accelerate's hooks, our staging."""
     hook = getattr(module, "_hf_hook", None)
-    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
+    ours = [getattr(module, BROUGHT)] if hasattr(module, BROUGHT) else []
+    return ours + ([] if hook is None else list(getattr(hook, "hooks", [hook])))
 
 
 def _tied(model: Any) -> set[str]:

@@ -19,7 +19,7 @@ from pke_fast.errors import InputError
 from pke_fast.kernels.edit_loss import logits_of
 from pke_fast.kernels.glu_score import ACTIVATIONS
 from pke_fast.kinds import PROJECTIONS, Kind
-from pke_fast.placement import brought, check_placement, device_of, input_device, live_weight
+from pke_fast.placement import brought, check_placement, comes_and_goes, device_of, input_device, live_weight
 
 CONFIGURED = {  # what configurations call the activations
     "silu": {"silu", "swish"},
@@ -123,6 +123,12 @@ class Structure:
     def device_of(self, layer: int) -> torch.device:
         """Where a layer computes."""
         return device_of(self.layers[layer])
+
+    @property
+    def lowest_kept(self) -> int:
+        """The lowest layer from which on all may keep a graph: that of one whose weights come and go holds them."""
+        coming = [index for index, layer in enumerate(self.layers) if comes_and_goes(layer)]
+        return coming[-1] + 1 if coming else 0
 
     @property
     def head_device(self) -> torch.device:

@@ -30,7 +30,7 @@ from pke_fast.placement import check_placement, device_of, live_weight, stored_p
 from pke_fast.rehearsal import _masked
 from pke_fast.requests import EditRequest, Pair
 from pke_fast.scoring import score_batch
-from pke_fast.structure import find_structure
+from pke_fast.structure import Structure, find_structure
 from pke_fast.testing import LAYERS, tiny_model, tiny_tokenizer
 
 CONFIG = PKEConfig(k=10, num_steps=3, batch_size=2, locality_batch_size=2, window=(0, LAYERS), locality_tokens=3)
@@ -73,10 +73,13 @@ def edited(model, **more):
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_spread_model_is_edited_like_any(family, how, tmp_path):
+def test_a_spread_model_is_edited_like_any(family, how, tmp_path, monkeypatch):
     plain, model = tiny_model(family), spread(how, family, tmp_path)
     assert sum(p.is_meta for p in model.parameters()) > LAYERS
-    wanted, result = edited(plain), edited(model)
+    assert find_structure(model).lowest_kept == LAYERS  # a graph of the last layer would hold its weights
+    result = edited(model)
+    monkeypatch.setattr(Structure, "lowest_kept", LAYERS)  # so that bits can be compared
+    wanted = edited(plain)
     assert torch.equal(result.located.score_map, wanted.located.score_map)
     for name in ("steps", "before", "after", "stopped"):
         assert result.report["losses"][name] == wanted.report["losses"][name]
@@ -180,7 +183,8 @@ def run(files, command, *more):
     return main([str(value) for value in (command, *given, *settings, *more)])
 
 
-def test_device_map_on_the_command_line(files, capsys):
+def test_device_map_on_the_command_line(files, capsys, monkeypatch):
+    monkeypatch.setattr(Structure, "lowest_kept", LAYERS)
     for name, more in (
         ("plain", ()),
         ("auto", ("--device-map", "auto")),
