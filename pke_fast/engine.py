@@ -22,7 +22,7 @@ from pke_fast.hotspots import HotSpots
 from pke_fast.locating import Located, check_fits, locate_hot_spots
 from pke_fast.patch import Patch
 from pke_fast.plan import Load, Plan
-from pke_fast.planner import plan_loaded
+from pke_fast.planning import plan_loaded
 from pke_fast.preparation import Job, lengths, prepare
 from pke_fast.ranks import ALONE, Ranks
 from pke_fast.report import write_report
@@ -136,6 +136,7 @@ def edit(
     source: str = "given",
     samples: int = 3,
     memory_budget: int | None = None,
+    device: str | None = None,
     resume: str | Path | None = None,
     ranks: Ranks = ALONE,
 ) -> EditResult:
@@ -151,6 +152,8 @@ def edit(
         name, source: what model and requests are called in the report.
         samples: of how many prompts of each kind the report shows the answers before and after.
         memory_budget: bytes that may be used in all, the loaded model's included; by default what the device has free.
+        device: where the work is done, such as "cuda:0"; by default where the model is. A model in the host's memory is
+            brought there; what doesn't fit stays with the host and comes when it is used. It ends where it was.
         resume: a folder where the state of the job is kept every few minutes. Called again with the same arguments,
             a job that was interrupted goes on from there, to the same patch; the folder is removed
             once the result is written.
@@ -161,7 +164,7 @@ def edit(
         EditError: the edit failed on the way, as by a loss that became NaN; the weights were put back.
     """
     config = config or PKEConfig()
-    with workbench(model, tokenizer, config, stages, name, ranks=ranks) as bench:
+    with workbench(model, tokenizer, config, stages, name, ranks=ranks, device=device) as bench:
         facts = summary.model_facts(bench)
         check_fits(bench)
         plan, bench = _planned(bench, requests, locality, memory_budget, resume, edits=True)
@@ -231,6 +234,7 @@ def locate(
     stages: Stages | None = None,
     name: str | None = None,
     memory_budget: int | None = None,
+    device: str | None = None,
     resume: str | Path | None = None,
     ranks: Ranks = ALONE,
 ) -> LocateResult:
@@ -245,7 +249,7 @@ def locate(
         InputError: the model, a request or a setting can't be used.
     """
     config = config or PKEConfig()
-    with workbench(model, tokenizer, config, stages, name, ranks=ranks) as bench:
+    with workbench(model, tokenizer, config, stages, name, ranks=ranks, device=device) as bench:
         moved = None if compare is None else drift(bench.structure, find_structure(compare))
         check_fits(bench)
         plan, bench = _planned(bench, requests, locality, memory_budget, resume, edits=False)
@@ -269,7 +273,7 @@ def _planned(
     """The plan of a job, and the bench at its pace and with its state."""
     with bench.stages.stage("Planning"):
         load = Load.of(*lengths(bench.encoder, bench.config, requests, locality))
-        plan = plan_loaded(bench.structure, bench.config, load, budget, edits=edits)
+        plan = plan_loaded(bench.structure, bench.config, load, budget, edits=edits, device=bench.device)
         job = {
             "model": bench.fingerprint,
             "work": "edit" if edits else "locate",
@@ -284,6 +288,7 @@ def _planned(
             bench.ranks.agree(what, value)
         kept = bench.ranks.in_turn(lambda: Resume(resume, job, rank=bench.ranks.rank))
         pace = resumed_pace(plan.pace() if plan else bench.pace, kept.part("pace"))
+    bench.place(plan)
     return plan, bench.going(pace, kept)
 
 

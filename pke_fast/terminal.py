@@ -174,6 +174,8 @@ def plan(console: Console, found: Mapping[str, Any]) -> None:
         ("Python and its libraries", "process"),
         ("weights", "weights"),
         ("  weights besides, left on disk", "on_disk"),
+        ("  weights besides, offloaded", "offloaded"),
+        ("room for offloaded layers in use", "staging"),
         ("  score maps", "scores"),
         ("  a micro-batch, scored", "scoring"),
         ("locating, over the weights", "locating"),

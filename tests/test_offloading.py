@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from pke_fast import offloading, staging
 from pke_fast.batches import make_batch
 from pke_fast.columns import Columns
 from pke_fast.config import PKEConfig
@@ -97,21 +98,19 @@ def test_the_model_is_as_before_with_its_own_parameters(sequences):
 
 
 def test_at_most_two_layers_are_staged_and_they_come_ahead(sequences, monkeypatch):
-    from pke_fast import offloading
-
     model = frozen("llama")
     structure = find_structure(model)
-    size = offloading._Layer.of(structure.layers[0]).size
+    size = staging.StagedLayer.of(structure.layers[0]).size
     assert size >= sum(p.nbytes for p in structure.layers[0].parameters())
     order = []
-    own = offloading.Staging
+    own = staging.Staging
     use, copy = own.use, own._copy
     monkeypatch.setattr(own, "use", lambda self, i: (order.append(i), use(self, i))[1])
     monkeypatch.setattr(own, "_copy", lambda self, i, *more: (order.append(-1 - i), copy(self, i, *more))[1])
     batch = make_batch(sequences(4), range(4), 259)
-    with brought_to(model, structure.layers, CPU, LAYERS) as staging:
-        assert [slot.numel() for slot in staging._slots] == [size, size]
-        pointers = {slot.data_ptr() for slot in staging._slots}
+    with brought_to(model, structure.layers, CPU, LAYERS) as slots_of:
+        assert [slot.numel() for slot in slots_of._slots] == [size, size]
+        pointers = {slot.data_ptr() for slot in slots_of._slots}
         seen = set()
 
         def look(module, _args):
@@ -124,8 +123,8 @@ def test_at_most_two_layers_are_staged_and_they_come_ahead(sequences, monkeypatc
         # recording passes over all layers; up 0 1 2, back 2 1 0: 2 and 1 are still there
         assert [i for i in order if i >= 0] == [0, 1, 2, 2, 1, 0]
         assert sorted(-1 - i for i in order if i < 0) == [0, 0, 1, 2]
-        slots = [weakref.ref(slot) for slot in staging._slots]
-        worker = staging._worker
+        slots = [weakref.ref(slot) for slot in slots_of._slots]
+        worker = slots_of._worker
     for mlp in structure.mlps:
         mlp.up._forward_pre_hooks.clear()
     gc.collect()
@@ -183,15 +182,13 @@ def test_an_exception_within_a_layer_leaves_its_weights_at_home(monkeypatch):
 
 
 def test_a_failing_copy_is_told_where_the_layer_is_used(monkeypatch):
-    from pke_fast import offloading
-
     model = frozen("llama")
     structure = find_structure(model)
 
     def fails(self, flat):
         raise OSError("the file is gone")
 
-    monkeypatch.setattr(offloading._Layer, "copy_into", fails)
+    monkeypatch.setattr(staging.StagedLayer, "copy_into", fails)
     with pytest.raises(OSError, match="file is gone"), brought_to(model, structure.layers, CPU, 2), torch.no_grad():
         model(torch.arange(5)[None])
     assert same_weights(model, tiny_model("llama"))
@@ -214,9 +211,7 @@ def test_weights_in_a_file_stay_there_and_the_file_as_it_is(tmp_path, sequences)
 
 
 def test_everything_else_moves_to_another_device():
-    """A second device is played by fp64: what moves is converted, and back only where it was written to."""
-    from pke_fast import offloading
-
+    """A second device is played by meta."""
     model = frozen("gpt2")
     tied = model.transformer.wte.weight
     assert model.lm_head.weight is tied
@@ -232,11 +227,9 @@ def test_everything_else_moves_to_another_device():
 
 
 def test_what_is_written_to_a_copy_comes_back_and_nothing_else():
-    from pke_fast import offloading
-
     own, other = (torch.nn.Parameter(torch.arange(4.0), requires_grad=False) for _ in range(2))
     copies = offloading._Copies(CPU)
-    copy, untouched = (offloading._frozen(p.clone()) for p in (own, other))
+    copy, untouched = (staging.frozen(p.clone()) for p in (own, other))
     copies._keep(own, copy)
     copies._keep(other, untouched)
     copy[1] = -0.0
@@ -257,12 +250,10 @@ def test_a_spread_model_isnt_offloaded_besides(tmp_path):
 
 
 def test_no_memory_to_pin_is_told(monkeypatch):
-    from pke_fast import offloading
-
     def fails(self, device):
         raise RuntimeError("CUDA error: out of memory\nmore")
 
-    monkeypatch.setattr(offloading._Layer, "pin", fails)
+    monkeypatch.setattr(staging.StagedLayer, "pin", fails)
     model = frozen("llama")
     message = r"no memory to pin[\s\S]*MiB[\s\S]*out of memory"
     with pytest.raises(InputError, match=message), brought_to(model, model.model.layers, CPU, 2, 1):
