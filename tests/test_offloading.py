@@ -19,7 +19,7 @@ from pke_fast.offloading import brought_to
 from pke_fast.pace import Pace
 from pke_fast.placement import live_weight
 from pke_fast.scoring import score_batch
-from pke_fast.structure import find_structure
+from pke_fast.structure import find_structure, hooks
 from pke_fast.testing import LAYERS, tiny_model
 
 CPU = torch.device("cpu")
@@ -270,3 +270,61 @@ def test_columns_of_an_offloaded_layer_live_with_its_weight():
         assert structure.lowest_kept == 2
         assert structure.device_of(1) == CPU
     assert structure.lowest_kept == 0
+
+
+class Streams:
+    """What stands in for CUDA's streams and events: they note their order, and a copy is made at once."""
+
+    def __init__(self, monkeypatch):
+        self.log = log = []
+
+        class Event:
+            def record(self, stream):
+                self.at = len(log)
+                log.append(("record", stream.name))
+
+            def synchronize(self):
+                log.append(("synchronize", self.at))
+
+        class Stream:
+            def __init__(self, name):
+                self.name = name
+
+            def wait_event(self, event):
+                log.append((f"{self.name} waits", event.at))
+
+        self.computing, self.copying = Stream("computing"), Stream("copying")
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: self.computing)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: self.entered(stream))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: log.append(("all", None)))
+        monkeypatch.setattr(staging, "buffer", lambda size, pinned: torch.empty(size, dtype=torch.uint8))
+
+    def entered(self, stream):
+        self.log.append(("on", stream.name))
+        return hooks()
+
+
+@pytest.mark.parametrize("pinned", [0, LAYERS])
+def test_streams_wait_for_each_other(pinned, monkeypatch, sequences):
+    """Of CUDA's ways what can be run without one: a copy waits for the slot's last use, and its use for the copy."""
+    streams = Streams(monkeypatch)
+    plain, model = frozen("llama"), frozen("llama")
+    structure = find_structure(model)
+    made = staging.Staging
+    monkeypatch.setattr(offloading, "Staging", lambda layers, device, _none: made(layers, device, streams.copying))
+    batch = make_batch(sequences(4), range(4), 259)
+    with brought_to(model, structure.layers, CPU, LAYERS, pinned) as slots:
+        found = score_batch(structure, batch, torch.ones(4), 0, 0)
+        copies = slots.copies
+    assert torch.equal(found, score_batch(find_structure(plain), batch, torch.ones(4), 0, 0))
+    log = streams.log
+    free = [i for i, entry in enumerate(log) if entry == ("record", "computing")]
+    done = [i for i, entry in enumerate(log) if entry == ("record", "copying")]
+    assert len(free) == len(done) == copies == 4
+    assert [at for what, at in log if what == "copying waits"] == free
+    assert [at for what, at in log if what == "computing waits"] == done
+    for a, b in zip(free, done, strict=True):
+        assert a < log.index(("copying waits", a)) < b < log.index(("computing waits", b))
+    assert [at for what, at in log if what == "synchronize"] == ([] if pinned else done[:-1])  # one bounce buffer
+    assert log[-1] == ("all", None)
