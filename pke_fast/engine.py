@@ -137,6 +137,7 @@ def edit(
     samples: int = 3,
     memory_budget: int | None = None,
     device: str | None = None,
+    offload_folder: str | Path | None = None,
     resume: str | Path | None = None,
     ranks: Ranks = ALONE,
 ) -> EditResult:
@@ -154,6 +155,7 @@ def edit(
         memory_budget: bytes that may be used in all, the loaded model's included; by default what the device has free.
         device: where the work is done, such as "cuda:0"; by default where the model is. A model in the host's memory is
             brought there; what doesn't fit stays with the host and comes when it is used. It ends where it was.
+        offload_folder: where offloaded layers are put that the host can't pin and that lie in no safetensors file.
         resume: a folder where the state of the job is kept every few minutes. Called again with the same arguments,
             a job that was interrupted goes on from there, to the same patch; the folder is removed
             once the result is written.
@@ -167,7 +169,7 @@ def edit(
     with workbench(model, tokenizer, config, stages, name, ranks=ranks, device=device) as bench:
         facts = summary.model_facts(bench)
         check_fits(bench)
-        plan, bench = _planned(bench, requests, locality, memory_budget, resume, edits=True)
+        plan, bench = _planned(bench, requests, locality, memory_budget, offload_folder, resume, edits=True)
         job = prepare(bench, requests, locality)
         shown = [("harmful", r.prompt) for r in job.requests[:samples]]
         shown += [("benign", p.prompt) for p in job.locality[:samples]]
@@ -235,6 +237,7 @@ def locate(
     name: str | None = None,
     memory_budget: int | None = None,
     device: str | None = None,
+    offload_folder: str | Path | None = None,
     resume: str | Path | None = None,
     ranks: Ranks = ALONE,
 ) -> LocateResult:
@@ -252,7 +255,7 @@ def locate(
     with workbench(model, tokenizer, config, stages, name, ranks=ranks, device=device) as bench:
         moved = None if compare is None else drift(bench.structure, find_structure(compare))
         check_fits(bench)
-        plan, bench = _planned(bench, requests, locality, memory_budget, resume, edits=False)
+        plan, bench = _planned(bench, requests, locality, memory_budget, offload_folder, resume, edits=False)
         job = prepare(bench, requests, locality)
         located = locate_hot_spots(bench, job, drift=moved)
         window = config.layer_window(len(bench.structure.layers))
@@ -266,6 +269,7 @@ def _planned(
     requests: Sequence[EditRequest],
     locality: Sequence[Pair] | None,
     budget: int | None,
+    offload_folder: str | Path | None,
     resume: str | Path | None,
     *,
     edits: bool,
@@ -288,7 +292,7 @@ def _planned(
             bench.ranks.agree(what, value)
         kept = bench.ranks.in_turn(lambda: Resume(resume, job, rank=bench.ranks.rank))
         pace = resumed_pace(plan.pace() if plan else bench.pace, kept.part("pace"))
-    bench.place(plan)
+    bench.place(plan, offload_folder)
     return plan, bench.going(pace, kept)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from pke_fast.placement import check_placement, input_device
 from pke_fast.plan import Plan
 from pke_fast.ranks import ALONE, Ranks
 from pke_fast.resume import Resume
+from pke_fast.spilling import spill
 from pke_fast.stages import Stages
 from pke_fast.structure import Structure, find_structure
 
@@ -69,9 +71,16 @@ class Workbench:
         vars(bench).update(found)
         return bench
 
-    def place(self, plan: Plan | None) -> None:
-        """Brings the model to the device, if it isn't there, as the plan says, until the bench is put away."""
+    def place(self, plan: Plan | None, folder: str | Path | None = None) -> None:
+        """Brings the model to the device, if it isn't there, as the plan says, until the bench is put away.
+
+        Args:
+            folder: gets the weights of offloaded layers that aren't pinned and lie in no file (`spill`); None: they
+                stay in the host's memory.
+        """
         lowest, pinned = (plan.layers_offloaded, plan.pinned) if plan else (0, 0)
+        if folder is not None:
+            spill(list(self.structure.layers)[: lowest - pinned], folder)
         if lowest or self.device != str(self.structure.device):
             device = torch.device(self.device)
             self.placing.enter_context(brought_to(self.model, self.structure.layers, device, lowest, pinned))

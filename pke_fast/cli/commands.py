@@ -48,7 +48,8 @@ def _conditions(options: Namespace) -> dict[str, Any]:
     """How a job is run, as the engine takes it."""
     budget = parse_bytes(options.memory_budget) if options.memory_budget else None
     device = None if options.device_map else resolve_device(local_device(options.device))
-    return {"memory_budget": budget, "device": device, "resume": options.resume}
+    folder = options.offload_folder
+    return {"memory_budget": budget, "device": device, "offload_folder": folder, "resume": options.resume}
 
 
 def _load_for(conditions: dict[str, Any], options: Namespace) -> LoadedModel:

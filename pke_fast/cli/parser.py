@@ -48,6 +48,14 @@ def _spread(parser: Any) -> None:
     )
 
 
+def _offloaded(parser: Any) -> None:
+    parser.add_argument(
+        "--offload-folder",
+        metavar="DIR",
+        help="for layers that have no room on the GPU, that the host can't pin, and that lie in no safetensors file",
+    )
+
+
 def _output(parser: Any, what: str) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help=what)
     parser.add_argument("--force", action="store_true", help="replace DIR if it exists and isn't empty")
@@ -127,6 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     edit = add("edit", "locate the hot spots, edit them, write a patch and a report", _model, _requests, _settings)
     _spread(edit)
+    _offloaded(edit)
     _resumable(edit)
     _output(edit, "gets patch.safetensors, report.json and report.html")
     edit.add_argument("--save-model", action="store_true", help="write the edited model to DIR/model as well")
@@ -136,6 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     locate = add("locate", "score every neuron and select the hot spots, without editing", _model, _requests, _settings)
     _spread(locate)
+    _offloaded(locate)
     _resumable(locate)
     locate.add_argument("--compare", metavar="M2", help="take the drift from M to M2 as the weight change")
     _output(locate, "gets scores.safetensors, hotspots.json and heatmap.png")
