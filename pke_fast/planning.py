@@ -21,7 +21,7 @@ from pke_fast.structure import Structure
 
 LOG = logging.getLogger(__name__)
 RESIDENT = 0.7  # of the memory: a model that takes no more is loaded on the device, with room for the work beside it
-PINNED = 0.5  # of what the host has free: pinned memory can't be swapped out
+PINNED = 0.5  # of what the host has free: pinned memory can't be swapped out, and torch takes powers of two of it
 
 
 @dataclass(frozen=True)
