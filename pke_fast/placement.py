@@ -34,8 +34,8 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def input_device(model: Any) -> torch.device:
-    """Where a model takes its tokens: at its embedding."""
-    return device_of(model.get_input_embeddings())
+    """Where a model takes its tokens: at its embedding, where it tells which that is."""
+    return device_of(model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model)
 
 
 def live_weight(module: nn.Module, name: str) -> Tensor:
