@@ -102,10 +102,10 @@ def test_at_most_two_layers_are_staged_and_they_come_ahead(sequences, monkeypatc
     structure = find_structure(model)
     size = staging.StagedLayer.of(structure.layers[0]).size
     assert size >= sum(p.nbytes for p in structure.layers[0].parameters())
-    order = []
+    order, copies = [], []
     own = staging.Staging
     use, copy = own.use, own._copy
-    monkeypatch.setattr(own, "use", lambda self, i: (order.append(i), use(self, i))[1])
+    monkeypatch.setattr(own, "use", lambda self, i: (order.append(i), use(self, i), copies.append(self.copies))[1])
     monkeypatch.setattr(own, "_copy", lambda self, i, *more: (order.append(-1 - i), copy(self, i, *more))[1])
     batch = make_batch(sequences(4), range(4), 259)
     with brought_to(model, structure.layers, CPU, LAYERS) as slots_of:
@@ -123,6 +123,7 @@ def test_at_most_two_layers_are_staged_and_they_come_ahead(sequences, monkeypatc
         # recording passes over all layers; up 0 1 2, back 2 1 0: 2 and 1 are still there
         assert [i for i in order if i >= 0] == [0, 1, 2, 2, 1, 0]
         assert sorted(-1 - i for i in order if i < 0) == [0, 0, 1, 2]
+        assert copies == [2, 3, 3, 3, 4, 4]  # each is copied while the one before it is in use, on the way back too
         slots = [weakref.ref(slot) for slot in slots_of._slots]
         worker = slots_of._worker
     for mlp in structure.mlps:
