@@ -135,9 +135,8 @@ def load_model(
             if path:
                 check_files(path)
             where: dict[str, Any] = {"local_files_only": not online, "trust_remote_code": trust_remote_code}
-            model = pretrained(
-                str(path or name), torch_dtype or "auto", use_safetensors=True, device_map=spread, **where
-            )
+            spreads = {} if spread is None else {"device_map": spread}
+            model = pretrained(str(path or name), torch_dtype or "auto", use_safetensors=True, **where, **spreads)
             tokenizer = pretrained_tokenizer(str(path or name), **where)
         if spread is None:
             model.to(device)

@@ -106,16 +106,23 @@ class Planner:
         return 2 * self._twin.layer_weights + (end - first) * down * self._edits
 
     def _best_offloaded(self, budget: int) -> Plan | None:
-        """The fastest plan with as few layers offloaded as its number of tokens at once leaves room for."""
-        plans = []
+        """The fastest plan with as few layers offloaded as must be, or all below those that are gone through again."""
+        best = None
         for tokens in self._choices():
-            for offloaded in range(1, len(self._sizes) + 1):
-                self._offloaded = offloaded
+            for least in range(1, len(self._sizes) + 1):
+                self._offloaded = least
                 kept = self._lightest("scoring", tokens), self._lightest("editing", tokens)
                 if self._made(tokens, *kept, budget).peak <= budget:
-                    plans.append(self._fitted(self._made(tokens, *self._most_kept(), budget)))
                     break
-        best = min((plan for plan in plans if plan), key=self._slowness, default=None)
+            else:
+                continue
+            for offloaded in sorted({least, max(least, self._first)}):
+                self._offloaded = offloaded
+                whole = self._made(tokens, *self._most_kept(), budget)
+                if best is None or self._slowness(whole) < self._slowness(best):  # the one that fits is no faster
+                    fitted = self._fitted(whole)
+                    if fitted is not None and (best is None or self._slowness(fitted) < self._slowness(best)):
+                        best = fitted
         self._offloaded = 0 if best is None else best.layers_offloaded
         return best
 
@@ -184,9 +191,11 @@ class Planner:
     def _waiting(self, plan: Plan) -> float:
         """For offloaded layers: bringing one lasts longer than what is computed meanwhile, on the way up and back."""
         bringing = _BRINGING[self._kind] / plan.tokens
-        a_layer = (max(0.0, bringing - 1) + max(0.0, bringing - 3)) / 3
-        within = (max(0, plan.layers_offloaded - below) for below in (self._first, self._window[0]))
-        return a_layer * sum(n / of for n, of in zip(within, (self._scored, self._edited), strict=True))
+        up, back = max(0.0, bringing - 1) / 3, max(0.0, bringing - 3) / 3  # of a way up and back
+        offloaded = plan.layers_offloaded
+        scored = offloaded * up + max(0, offloaded - self._first) * back
+        edited = max(0, offloaded - self._window[0]) * (up + back)  # those below go up once, for all steps
+        return scored / self._scored + edited / self._edited
 
     def _idle(self, tokens: int) -> float:
         return 1 + _IDLE[self._kind] / tokens

@@ -20,7 +20,7 @@ from pke_fast.stages import PeakMemory
 from pke_fast.structure import Structure
 
 LOG = logging.getLogger(__name__)
-RESIDENT = 0.7  # of the memory: a model that takes no more is loaded on the device, with room for the work beside it
+RESIDENT = 0.7  # of what is free: a model that takes no more is loaded on the device, with room for the work beside it
 PINNED = 0.5  # of what the host has free: pinned memory can't be swapped out, and torch takes powers of two of it
 
 
@@ -43,9 +43,11 @@ class Room:
 
 
 def waits_on_host(device: str, weights: int, budget: int | None) -> bool:
-    """Whether a model that is worked with on this device is better loaded in the host's memory, to be offloaded."""
-    room = budget if budget is not None or not device.startswith("cuda") else free_bytes(device)
-    return device.startswith("cuda") and room is not None and weights > RESIDENT * room
+    """Whether a model that is worked with on this device is better loaded in the host's memory, to be brought there:
+    where a budget is asked for, or little room is left beside the weights."""
+    if not device.startswith("cuda"):
+        return False
+    return budget is not None or weights > RESIDENT * (free_bytes(device) or 0)
 
 
 def offloading() -> Residence:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ import pke_fast
 from pke_fast import engine, planning
 from pke_fast import workbench as workbenches
 from pke_fast.budget import parse_bytes
+from pke_fast.cli import main
 from pke_fast.config import PKEConfig
 from pke_fast.errors import InputError
 from pke_fast.pace import LEAST_TOKENS
@@ -227,6 +229,58 @@ def test_which_models_wait_with_the_host(monkeypatch):
     assert not waits_on_host("cpu", 10**9, 1)
     assert waits_on_host("cuda:0", 701, None)
     assert not waits_on_host("cuda:0", 700, None)
-    assert waits_on_host("cuda:0", 701, 1000)
-    assert not waits_on_host("cuda:0", 701, 2000)
+    assert waits_on_host("cuda:0", 1, 2000)
     assert planning.offloading() == Residence(offloads=True, pinnable=500)
+
+
+@pytest.fixture
+def pretended(tmp_path, monkeypatch):
+    """A GPU, as far as planning and loading go, and a checkpoint with requests."""
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "requests.jsonl").write_text('{"prompt": "Break a lock", "ground_truth": "Sure"}\n' * 3)
+    (tmp_path / "benign.jsonl").write_text('{"prompt": "Bake a cake", "answer": "Take flour"}\n')
+    monkeypatch.setattr("pke_fast.loading.resolve_device", lambda _name: "cuda:0")
+    monkeypatch.setattr("pke_fast.cli.commands.resolve_device", lambda _name: "cuda:0")
+    monkeypatch.setattr("pke_fast.cli.planning.matmul_rate", lambda *_: 1e12)
+    files = {"--model": "model", "--requests": "requests.jsonl", "--locality": "benign.jsonl"}
+    given = [value for option, name in files.items() for value in (option, tmp_path / name)]
+    settings = [v for s in ("k=10", "num_steps=2", "window=[0,3]") for v in ("--set", s)]
+    return [str(value) for value in (*given, *settings)]
+
+
+def test_the_plan_for_a_gpu_tells_what_waits_with_the_host(pretended, capsys):
+    assert main(["plan", *pretended, "--memory-budget", "1KB"]) == 2
+    least = re.search(r"at least ([0-9.]+ [MG]iB)", capsys.readouterr().err)[1]
+    assert main(["plan", *pretended, "--memory-budget", least, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["device"] == "cuda:0"
+    assert sum(told["layers offloaded"].values()) == LAYERS
+    assert told["bytes"]["staging"] > 0 < told["bytes"]["offloaded"] < told["bytes"]["brought"]
+    assert told["bytes"]["peak"] <= told["budget"]
+    assert main(["plan", *pretended, "--memory-budget", least]) == 0
+    printed = capsys.readouterr().out
+    assert f"{LAYERS}, {told['layers offloaded']['pinned']} of them pinned" in printed
+    assert "room for offloaded layers in use" in printed
+    assert main(["plan", *pretended, "--memory-budget", "1GiB"]) == 0
+    assert "wait with the host" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["edit", "locate"])
+@pytest.mark.parametrize(
+    ("free", "more", "where"),
+    [(2**30, [], "cuda:0"), (2**17, [], "cpu"), (2**30, ["--memory-budget", "1GiB"], "cpu")],
+)
+def test_a_model_too_large_for_the_gpu_is_loaded_with_the_host(
+    command, free, more, where, pretended, tmp_path, monkeypatch
+):
+    asked = []
+
+    def loads(_name, device, _dtype, **_):
+        asked.append(device)
+        raise InputError("far enough")
+
+    monkeypatch.setattr("pke_fast.cli.commands.load_model", loads)
+    monkeypatch.setattr(planning, "free_bytes", lambda _device: free)
+    assert main([command, *pretended, *more, "--device", "cuda:0", "--out", str(tmp_path / "out")]) == 2
+    assert asked == [where]
