@@ -170,7 +170,7 @@ def job(
     peak = memory.peak() or 0
     for part in outcome.layers:
         weight = structure.model.get_parameter(part.weight)
-        torch.ops.pke_fast.write_columns(weight, part.axis, part.neurons, part.old)
+        torch.ops.pke_fast.write_columns(weight, part.axis, part.index, part.old)
     names = ("in all", "locating", "editing", "bringing and putting back")
     return chosen, {name: clock.seconds[name] for name in names}, peak
 

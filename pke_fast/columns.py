@@ -140,15 +140,13 @@ class Columns(Selected):
     def patch(self) -> LayerPatch:
         new = read_columns(self.weight, self.axis, self.neurons).cpu()
         old, ids = self.exact.cpu(), self.ids.cpu()
-        return LayerPatch(
-            self.layer, self.place.weight, self.axis, ids, old, new, self.projection, self.place.offset
-        )
+        return LayerPatch(self.layer, self.place.weight, self.axis, ids, old, new, self.projection, self.place.offset)
 
     def add_from(self, into: Tensor, grad_out: Tensor) -> None:
         """Adds a micro-batch's share, from the projection's input and the gradient of its output.
 
         Args:
-            into: what the weights are multiplied with: of down the selected activations [.., n], else the input [.., d].
+            into: what the weights are multiplied with: down's selected activations [.., n], else its input [.., d].
             grad_out: dL/d(output) [.., width of the output].
         """
         if self.projection == "down":
