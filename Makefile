@@ -30,7 +30,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 NATIVE := $(wildcard csrc/*)
 
-.PHONY: help demo test check lint sanitize bench gpu wheels clean
+.PHONY: help demo test check lint sanitize bench gpu offload wheels clean
 .DEFAULT_GOAL := help
 
 help:
@@ -40,6 +40,7 @@ help:
 	@echo "make lint    ruff, mypy and, where it is installed, clang-format"
 	@echo "make bench   benchmarks"
 	@echo "make gpu     on a machine with a GPU: build with nvcc, run the GPU tests, then time every op"
+	@echo "make offload on a machine with a GPU: whole jobs on 8B models within 24, 12 and 8 GiB, offloaded"
 	@echo "make wheels  fill the folder $(WHEELS) with all that is installed, for a machine without a network"
 	@echo "make clean   remove what was built; .venv and downloads stay"
 	@echo "Settings: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=\"$(TORCH)\" WHEELS=$(WHEELS) ARGS=... BENCH_ARGS=..."
@@ -75,6 +76,9 @@ gpu: $(VENV)/.made
 	$(PYTEST) -m gpu $(ARGS)
 	./scripts/compute_sanitizer.sh
 	$(BIN)/python benchmarks/gpu_kernels.py $(BENCH_ARGS)
+
+offload: $(VENV)/.installed
+	$(BIN)/python benchmarks/offload.py $(BENCH_ARGS)
 
 # With the build's own needs. The embedded model asks for packages that are of no use here.
 wheels: $(VENV)/.made

@@ -1,4 +1,4 @@
-"""An 8B model edited in bf16 within a memory budget: what a card with 24 GB has room for.
+"""An 8B model edited in bf16 within a memory budget: what a card with 24 GB has room for, or one with 12 or 8.
 
     python examples/edit_8b_on_24gb.py --requests requests.jsonl --out edited \
         [--model meta-llama/Meta-Llama-3-8B-Instruct] [--budget 21GiB]
@@ -6,6 +6,9 @@
 The weights take 15 GiB. The rest is gradient and optimiser state of the hot spots alone (1,000 neurons: 82 MB), the
 cached output of the layers below the hot spots, and one micro-batch: how many tokens it has, and how many layers keep
 their graph, follow from the budget. Generating answers isn't in the plan, so leave some room above it.
+
+The model is loaded in the host's memory and brought to the card for the edit. Within 10 GiB (a card with 12 GB) or
+7 GiB (8 GB) the lowest layers stay with the host and come to the card when they are used; the patch is as exact.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import argparse
 
 import pke_fast
 from pke_fast.budget import parse_bytes
+from pke_fast.loading import resolve_device
 from pke_fast.stages import Stages
 
 
@@ -31,9 +35,10 @@ def main() -> None:
 
     requests = pke_fast.read_requests(options.requests)  # read first: a bad file is found before 16 GB are loaded
     locality = pke_fast.read_pairs(options.locality) if options.locality else None
-    loaded = pke_fast.load_model(options.model, options.device, "bf16")
+    loaded = pke_fast.load_model(options.model, "cpu", "bf16")
+    device = resolve_device(options.device)
     config = pke_fast.PKEConfig(k=options.k, num_steps=options.steps)
-    stages = Stages(device=loaded.device)
+    stages = Stages(device=device)
     result = pke_fast.edit(
         loaded.model,
         loaded.tokenizer,
@@ -43,10 +48,12 @@ def main() -> None:
         stages=stages,
         name=loaded.name,
         memory_budget=parse_bytes(options.budget),
+        device=device,
     )
     result.write(options.out)
     plan = result.report["plan"]
     print(f"{plan['micro_batch_tokens']:,} tokens in flight at once, {plan['bytes']['peak'] / 2**30:.2f} GiB foretold")
+    print(f"{sum(plan['layers offloaded'].values())} layers offloaded, {plan['bytes']['offloaded'] / 2**30:.2f} GiB")
     for stage in stages.done:
         peak = "" if stage.peak_bytes is None else f", peak {stage.peak_bytes / 2**30:.2f} GiB"
         print(f"{stage.name}: {stage.seconds:.1f} s{peak}")

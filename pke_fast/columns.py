@@ -15,6 +15,7 @@ from pke_fast.config import PKEConfig
 from pke_fast.kernels.sparse_columns import read_columns
 from pke_fast.kinds import Kind
 from pke_fast.layer_patch import LayerPatch
+from pke_fast.placement import live_weight
 from pke_fast.structure import Structure, hooks
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # Kingma & Ba 2015
@@ -26,11 +27,13 @@ class Selected:
     Args:
         weight: the live weight, two-dimensional; it needs no gradient.
         neurons: which rows or columns, int64 [n], ascending.
+        computed: where the weight is computed with, and gradients arrive; None: where it is.
     """
 
-    def __init__(self, weight: Tensor, axis: int, neurons: Tensor) -> None:
+    def __init__(self, weight: Tensor, axis: int, neurons: Tensor, computed: torch.device | None = None) -> None:
         self.weight, self.axis = weight.detach(), axis
         self.neurons = neurons.to(self.weight.device)
+        self.computed = computed or self.weight.device
         self.exact = read_columns(self.weight, axis, self.neurons)
         self.old = self.exact.float()
         self.master = self.old.clone()
@@ -58,9 +61,9 @@ class Selected:
 
     @property
     def grad(self) -> Tensor:
-        """The gradient so far, fp32 [n, d]."""
+        """The gradient so far, fp32 [n, d], where it arrives."""
         if self._sum is None:
-            self._sum = torch.zeros_like(self.old)
+            self._sum = torch.zeros_like(self.old, device=self.computed)
         if self._waiting is not None:
             torch.ops.pke_fast.sparse_column_grad(*self._waiting, self._sum)
             self._waiting = None
@@ -81,10 +84,10 @@ class Selected:
         columns = (self.weight, self.axis, self.neurons)
         state = (self.old, self.master, self.moment1, self.moment2)
         adam = (self.step, lr, BETA1, BETA2, EPS, weight_decay, bound)
-        if self._waiting is not None:
+        if self._waiting is not None and self.computed == self.weight.device:
             torch.ops.pke_fast.sparse_column_step(*columns, *state, *self._waiting, *adam)
         else:
-            torch.ops.pke_fast.sparse_column_update(*columns, *state, self.grad, *adam)
+            torch.ops.pke_fast.sparse_column_update(*columns, *state, self.grad.to(self.weight.device), *adam)
         self.forget_gradient()
 
     def state(self) -> dict[str, Tensor]:
@@ -115,7 +118,9 @@ class Columns(Selected):
     def __init__(self, structure: Structure, layer: int, neurons: Tensor, projection: Kind = "down") -> None:
         self.layer, self.projection, self.ids = layer, projection, neurons
         self.place = structure.mlps[layer].place(projection)
-        super().__init__(self.place.module.weight, self.place.axis, neurons + self.place.offset)  # type: ignore[arg-type]
+        weight, index = live_weight(self.place.module, "weight"), neurons + self.place.offset
+        super().__init__(weight, self.place.axis, index, structure.device_of(layer))
+        self.chosen = self.neurons.to(self.computed)
 
     @property
     def name(self) -> str:
@@ -147,7 +152,7 @@ class Columns(Selected):
         if self.projection == "down":
             self.add(grad_out.flatten(0, -2), into.flatten(0, -2))
         else:
-            chosen = grad_out.index_select(-1, self.neurons)
+            chosen = grad_out.index_select(-1, self.chosen)
             self.add(into.flatten(0, -2), chosen.flatten(0, -2))
 
 
@@ -180,16 +185,17 @@ class _SparseTap(torch.autograd.Function):
 @contextmanager
 def gradients_into(columns: Sequence[Columns]) -> Iterator[None]:
     """While it lasts, a backward pass adds to the selected neurons' gradients."""
-    # The lowest layer's input depends on nothing that needs a gradient: the anchor does, so that its taps are visited.
-    anchor = torch.zeros((), requires_grad=True, device=columns[0].weight.device)
 
     def tap(column: Columns) -> Any:
+        # The lowest layer's input depends on nothing that needs a gradient: the anchor does, so its taps are visited.
+        anchor = torch.zeros((), requires_grad=True, device=column.computed)
+
         def hook(_module: Any, args: Any, out: Tensor) -> Tensor:
             if not torch.is_grad_enabled():
                 return out
             into = args[0].detach()
             if column.projection == "down":
-                into = into.index_select(-1, column.neurons)
+                into = into.index_select(-1, column.chosen)
             return _SparseTap.apply(out, into, column, anchor)
 
         return hook

@@ -45,11 +45,12 @@ def answer_distances(
     total = torch.zeros(depth, device=structure.device)
     for batch in pack(sequences, micro_batch_tokens, pad_id, groups):
         tape = record(structure, batch)
-        weights = tape.batch.answer_weights()
         for layer, hidden in enumerate(tape.outputs()):
-            tokens = hidden.flatten(0, 1).index_select(0, tape.batch.positions + 1).float() * weights[:, None]
-            means = tokens.new_zeros(len(batch.rows), tokens.shape[1]).index_add_(0, tape.batch.owners, tokens)
-            total[layer] += (means[0::2] - means[1::2]).norm(dim=1).sum()
+            here = tape.batch.to(hidden.device)
+            weights = here.answer_weights()
+            tokens = hidden.flatten(0, 1).index_select(0, here.positions + 1).float() * weights[:, None]
+            means = tokens.new_zeros(len(batch.rows), tokens.shape[1]).index_add_(0, here.owners, tokens)
+            total[layer] += (means[0::2] - means[1::2]).norm(dim=1).sum().to(total.device)
         advance(len(batch.rows) // 2)
     return (total / max(1, len(answers))).cpu()
 

@@ -177,7 +177,7 @@ class Trainer:
 
     def _loss(self, minibatch: _Minibatch, base: bool, scale: float = 0.0) -> Tensor:
         """The minibatch's mean loss on this rank, on the device; `scale` times its gradient is added up, if not 0."""
-        total = torch.zeros((), device=self.structure.device)
+        total = torch.zeros((), device=self.structure.head_device)
         for tape in minibatch.tapes:
             weights = tape.batch.answer_weights(self.config.first_token_weight) / minibatch.size
             if base:
@@ -196,7 +196,7 @@ class Trainer:
         return self._over_all(self.requests, False, advance)
 
     def _over_all(self, minibatches: list[_Minibatch], base: bool, advance: Callable[[int], None]) -> float:
-        total = torch.zeros((), device=self.structure.device)
+        total = torch.zeros((), device=self.structure.head_device)
         for minibatch in minibatches:
             total += minibatch.size * self._slower_if_it_must(
                 partial(self._loss, minibatch, base), "measuring the losses"
@@ -243,7 +243,7 @@ class Trainer:
         """The losses of a step, fp32 [3] on the device: edit, KL, and 1 where all is finite; the columns get their
         gradients. Nothing here waits for the device."""
         config = self.config
-        kl = torch.zeros((), device=self.structure.device)
+        kl = torch.zeros((), device=self.structure.head_device)
         with gradients_into(self.columns):
             edit = self._loss(self._next(self.requests, number), False, config.w_edit)
             if self.locality and config.w_kl:
@@ -251,7 +251,7 @@ class Trainer:
         losses = torch.stack([edit, kl])
         if self.ranks.size > 1:
             self.ranks.add_up(losses, *(column.grad for column in self.columns))
-        finite = torch.stack([column.finite() for column in self.columns]).all()
+        finite = torch.stack([column.finite().to(losses.device) for column in self.columns]).all()
         return torch.cat([losses, finite.float()[None]])
 
     def update(self, number: int) -> None:

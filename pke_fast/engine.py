@@ -22,7 +22,7 @@ from pke_fast.hotspots import HotSpots
 from pke_fast.locating import Located, check_fits, locate_hot_spots
 from pke_fast.patch import Patch
 from pke_fast.plan import Load, Plan
-from pke_fast.planner import plan_loaded
+from pke_fast.planning import plan_loaded
 from pke_fast.preparation import Job, lengths, prepare
 from pke_fast.ranks import ALONE, Ranks
 from pke_fast.report import write_report
@@ -136,6 +136,8 @@ def edit(
     source: str = "given",
     samples: int = 3,
     memory_budget: int | None = None,
+    device: str | None = None,
+    offload_folder: str | Path | None = None,
     resume: str | Path | None = None,
     ranks: Ranks = ALONE,
 ) -> EditResult:
@@ -151,6 +153,9 @@ def edit(
         name, source: what model and requests are called in the report.
         samples: of how many prompts of each kind the report shows the answers before and after.
         memory_budget: bytes that may be used in all, the loaded model's included; by default what the device has free.
+        device: where the work is done, such as "cuda:0"; by default where the model is. A model in the host's memory is
+            brought there; what doesn't fit stays with the host and comes when it is used. It ends where it was.
+        offload_folder: where offloaded layers are put that the host can't pin and that lie in no safetensors file.
         resume: a folder where the state of the job is kept every few minutes. Called again with the same arguments,
             a job that was interrupted goes on from there, to the same patch; the folder is removed
             once the result is written.
@@ -161,10 +166,10 @@ def edit(
         EditError: the edit failed on the way, as by a loss that became NaN; the weights were put back.
     """
     config = config or PKEConfig()
-    with workbench(model, tokenizer, config, stages, name, ranks=ranks) as bench:
+    with workbench(model, tokenizer, config, stages, name, ranks=ranks, device=device) as bench:
         facts = summary.model_facts(bench)
         check_fits(bench)
-        plan, bench = _planned(bench, requests, locality, memory_budget, resume, edits=True)
+        plan, bench = _planned(bench, requests, locality, memory_budget, offload_folder, resume, edits=True)
         job = prepare(bench, requests, locality)
         shown = [("harmful", r.prompt) for r in job.requests[:samples]]
         shown += [("benign", p.prompt) for p in job.locality[:samples]]
@@ -231,6 +236,8 @@ def locate(
     stages: Stages | None = None,
     name: str | None = None,
     memory_budget: int | None = None,
+    device: str | None = None,
+    offload_folder: str | Path | None = None,
     resume: str | Path | None = None,
     ranks: Ranks = ALONE,
 ) -> LocateResult:
@@ -245,10 +252,10 @@ def locate(
         InputError: the model, a request or a setting can't be used.
     """
     config = config or PKEConfig()
-    with workbench(model, tokenizer, config, stages, name, ranks=ranks) as bench:
+    with workbench(model, tokenizer, config, stages, name, ranks=ranks, device=device) as bench:
         moved = None if compare is None else drift(bench.structure, find_structure(compare))
         check_fits(bench)
-        plan, bench = _planned(bench, requests, locality, memory_budget, resume, edits=False)
+        plan, bench = _planned(bench, requests, locality, memory_budget, offload_folder, resume, edits=False)
         job = prepare(bench, requests, locality)
         located = locate_hot_spots(bench, job, drift=moved)
         window = config.layer_window(len(bench.structure.layers))
@@ -262,6 +269,7 @@ def _planned(
     requests: Sequence[EditRequest],
     locality: Sequence[Pair] | None,
     budget: int | None,
+    offload_folder: str | Path | None,
     resume: str | Path | None,
     *,
     edits: bool,
@@ -269,7 +277,7 @@ def _planned(
     """The plan of a job, and the bench at its pace and with its state."""
     with bench.stages.stage("Planning"):
         load = Load.of(*lengths(bench.encoder, bench.config, requests, locality))
-        plan = plan_loaded(bench.structure, bench.config, load, budget, edits=edits)
+        plan = plan_loaded(bench.structure, bench.config, load, budget, edits=edits, device=bench.device)
         job = {
             "model": bench.fingerprint,
             "work": "edit" if edits else "locate",
@@ -284,6 +292,7 @@ def _planned(
             bench.ranks.agree(what, value)
         kept = bench.ranks.in_turn(lambda: Resume(resume, job, rank=bench.ranks.rank))
         pace = resumed_pace(plan.pace() if plan else bench.pace, kept.part("pace"))
+    bench.place(plan, offload_folder)
     return plan, bench.going(pace, kept)
 
 

@@ -23,8 +23,10 @@ def fingerprint(model: nn.Module) -> str:
     or the configuration. Where every bit counts (applying and reverting a patch) the weights that are touched are
     compared as well, bit for bit.
     """
+    from pke_fast.placement import stored_parameters
+
     digest = hashlib.sha256(b"pke_fast fingerprint 1\n")
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in sorted(stored_parameters(model), key=lambda item: item[0]):
         digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}\n".encode())
         digest.update(_sampled_bytes(parameter))
     return digest.hexdigest()

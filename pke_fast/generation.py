@@ -12,6 +12,7 @@ from torch import nn
 
 from pke_fast.encoding import PromptEncoder
 from pke_fast.errors import InputError
+from pke_fast.placement import input_device
 
 # Tokens (prompt, answer and padding) in one batch of the default size: 1 GiB of keys and values on Llama-3-8B in bf16.
 TOKENS_AT_ONCE = 8192
@@ -58,7 +59,7 @@ def generate(
     encoded = [encoder.prompt_ids(prompt) for prompt in prompts]
     rooms = [_room(ids, max_new_tokens, context_length(model)) for ids in encoded]
     if batch_size is None:
-        rows = ROWS_ON_CPU if model.device.type == "cpu" else ROWS_ON_GPU
+        rows = ROWS_ON_CPU if input_device(model).type == "cpu" else ROWS_ON_GPU
         longest = max((len(ids) + room for ids, room in zip(encoded, rooms, strict=True)), default=1)
         batch_size = max(1, min(rows, TOKENS_AT_ONCE // longest))
     ends = end_token_ids(model, tokenizer)
@@ -165,10 +166,9 @@ def _answer(rows: list[list[int]], model: Any, settings: Any, pad: int, stop: St
     own, model.generation_config = model.generation_config, settings
     stopped: dict[int, int] = {}
     more = {} if stop is None else {"stopping_criteria": _criteria(stop, longest, stopped)}
+    at = input_device(model)
     try:
-        output = model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings, **more
-        )
+        output = model.generate(input_ids=ids.to(at), attention_mask=mask.to(at), generation_config=settings, **more)
         return [row[: stopped.get(index)] for index, row in enumerate(output[:, longest:].tolist())]
     except torch.cuda.OutOfMemoryError:
         if len(rows) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # our names, and torch's
+SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # transformers' words for a device_map that it makes
 
 
 @dataclass
@@ -27,7 +29,7 @@ class LoadedModel:
     Attributes:
         name: as it was asked for; the hub id that stood in for `smollm2` where the package isn't installed.
         source: the folder that its safetensors were read from (of the hub's cache, for a hub id); None for a .gguf.
-        device: such as "cpu" or "cuda:0".
+        device: such as "cpu" or "cuda:0"; of a model that is spread, where its tokens go.
         dtype: of its weights: "fp32", "bf16" or "fp16".
     """
 
@@ -94,6 +96,7 @@ def load_model(
     dtype: str = "auto",
     stages: Stages | None = None,
     trust_remote_code: bool = False,
+    device_map: str | dict[str, Any] | None = None,
 ) -> LoadedModel:
     """Loads a model and its tokenizer.
 
@@ -104,12 +107,17 @@ def load_model(
         dtype: "fp32", "bf16", "fp16", or "auto": as the checkpoint has it (fp32 for a .gguf file).
         stages: shows the progress.
         trust_remote_code: let a model run Python code that comes with it.
+        device_map: spreads it over GPUs, the host's memory ("cpu") and its checkpoint on disk ("disk"): as transformers
+            takes it, or a JSON file with such a map. `device` stays "auto" then.
 
     Raises:
-        InputError: no such model or device, or not a causal language model with whole, finite, unquantized
+        InputError: no such model, device or device_map, or not a causal language model with whole, finite, unquantized
             safetensors weights and a tokenizer.
         PKEError: not enough memory, or a full disk.
     """
+    from pke_fast.placement import input_device
+
+    spread = None if device_map is None else resolve_device_map(device_map, device)
     device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype)
     stages = stages or Stages(device, show=False)
@@ -117,6 +125,8 @@ def load_model(
     with stages.stage(f"loading {path.name if path else name}"), quiet(), explained(name):
         source: Path | None
         if path and path.is_file():
+            if spread is not None:
+                raise InputError(f"{path} can't be spread by device_map", expected="a checkpoint in safetensors")
             source = None
             model, tokenizer = load_gguf(path, torch_dtype)
         else:
@@ -124,10 +134,15 @@ def load_model(
             check_config(source, name, trust_remote_code)
             if path:
                 check_files(path)
-            where = {"local_files_only": not online, "trust_remote_code": trust_remote_code}
-            model = pretrained(str(path or name), torch_dtype or "auto", use_safetensors=True, **where)
+            where: dict[str, Any] = {"local_files_only": not online, "trust_remote_code": trust_remote_code}
+            spreads = {} if spread is None else {"device_map": spread}
+            model = pretrained(str(path or name), torch_dtype or "auto", use_safetensors=True, **where, **spreads)
             tokenizer = pretrained_tokenizer(str(path or name), **where)
-        model.to(device).eval().requires_grad_(False)
+        if spread is None:
+            model.to(device)
+        else:
+            device = str(input_device(model))
+        model.eval().requires_grad_(False)
         check_finite(model)
     return LoadedModel(model, tokenizer, name, source, device, _dtype_name(model))
 
@@ -161,6 +176,26 @@ def resolve_device(device: str, gpus: int | None = None) -> str:
     return wanted
 
 
+def resolve_device_map(device_map: str | dict[str, Any], device: str = "auto") -> str | dict[str, Any]:
+    """A device_map for transformers, from its own words, a map, or a JSON file that holds one.
+
+    Raises:
+        InputError: it is none of these, or a device is named besides.
+    """
+    if device != "auto":
+        raise InputError("a device and a device_map", expected="one of them", got=f"{device} and {device_map}")
+    if not isinstance(device_map, str) or device_map in SPREADS:
+        return device_map
+    expected = f"one of: {', '.join(SPREADS)}; or a JSON file: {{module: GPU's number, cpu or disk}}"
+    try:
+        found = json.loads(Path(device_map).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"no such device_map: {device_map}", expected=expected, got=str(error)) from error
+    if not isinstance(found, dict) or not all(isinstance(place, int | str) for place in found.values()):
+        raise InputError(f"{device_map} holds no device_map", expected=expected, got=type(found).__name__)
+    return found
+
+
 def resolve_dtype(dtype: str) -> torch.dtype | None:
     """The torch dtype of one of our names; None for "auto"."""
     import torch
@@ -177,7 +212,9 @@ def check_finite(model: nn.Module) -> None:
     """Raises InputError, naming the first parameter that has a NaN or an infinity in it."""
     import torch
 
-    for name, parameter in model.named_parameters():
+    from pke_fast.placement import stored_parameters
+
+    for name, parameter in stored_parameters(model):
         if parameter.numel() and not torch.isfinite(torch.stack(parameter.detach().aminmax())).all():
             raise InputError(
                 f"the model's weights aren't finite: {name}",

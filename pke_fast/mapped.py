@@ -39,7 +39,7 @@ def _spans() -> tuple[list[tuple[int, int]], int]:
     for line in Path("/proc/self/smaps").read_text().splitlines():
         key = line.split(maxsplit=1)[0]
         if not key.endswith(":"):  # a range's own line: address, rights, offset, device, inode, path
-            inside = line.endswith(".safetensors")
+            inside = line.removesuffix(" (deleted)").endswith(".safetensors")
             start, end = (int(part, 16) for part in key.split("-"))
             if inside and spans and spans[-1][1] == start:
                 spans[-1] = (spans[-1][0], end)

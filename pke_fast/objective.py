@@ -9,6 +9,7 @@ from torch import Tensor
 
 import pke_fast.ops  # noqa: F401  registers torch.ops.pke_fast
 from pke_fast.batches import Batch
+from pke_fast.placement import brought
 from pke_fast.structure import Structure
 
 
@@ -36,34 +37,37 @@ def position_losses(
     base_hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Losses fp32 [N] at the supervised positions, and the gradient of their weighted sum: the op `edit_loss`."""
-    losses, grad = torch.ops.pke_fast.edit_loss(
-        hidden,
-        structure.head.weight,
-        getattr(structure.head, "bias", None),
-        targets,
-        base_hidden,
-        weights,
-        structure.scale,
-        structure.soft_cap,
-    )
+    with brought(structure.head):
+        losses, grad = torch.ops.pke_fast.edit_loss(
+            hidden,
+            structure.head.weight,
+            getattr(structure.head, "bias", None),
+            targets,
+            base_hidden,
+            weights,
+            structure.scale,
+            structure.soft_cap,
+        )
     return losses, grad
 
 
 def answer_loss(structure: Structure, hidden: Tensor, batch: Batch, weights: Tensor) -> Tensor:
-    """Weighted sum over the supervised positions of -log p(the answer's token); differentiable.
+    """Weighted sum over the supervised positions of -log p(the answer's token); differentiable, on the head's device.
 
     Args:
         hidden: the head's input at the supervised positions [N, d].
         weights: fp32 [N], as of `Batch.answer_weights`.
     """
-    return _EditLoss.apply(hidden, weights, structure, {"targets": batch.targets})
+    at = structure.head_device
+    return _EditLoss.apply(hidden.to(at), weights.to(at), structure, {"targets": batch.targets.to(at)})
 
 
 def locality_loss(structure: Structure, hidden: Tensor, base_hidden: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum over the supervised positions of KL(p_base || p); differentiable.
+    """Weighted sum over the supervised positions of KL(p_base || p); differentiable, on the head's device.
 
     Args:
         hidden, base_hidden: the head's input at the supervised positions [N, d], now and before the edit.
         weights: fp32 [N], as of `Batch.answer_weights`.
     """
-    return _EditLoss.apply(hidden, weights, structure, {"base_hidden": base_hidden})
+    at = structure.head_device
+    return _EditLoss.apply(hidden.to(at), weights.to(at), structure, {"base_hidden": base_hidden.to(at)})

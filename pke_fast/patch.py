@@ -16,6 +16,7 @@ from pke_fast.errors import PatchError
 from pke_fast.kernels.sparse_columns import read_columns
 from pke_fast.kinds import PROJECTIONS
 from pke_fast.layer_patch import DTYPES, TENSORS, LayerPatch, check_weight, differing, incomplete, refuse
+from pke_fast.placement import can_be_written, live_weight
 
 if TYPE_CHECKING:
     from torch import nn
@@ -236,13 +237,13 @@ def _weight(model: nn.Module, part: LayerPatch) -> Tensor:
             do="load the model that was edited, in the same way",
         ) from error
     check_weight(part, "the model", tuple(weight.shape), DTYPES.get(weight.dtype, str(weight.dtype)))
-    if weight.is_meta:
+    if not can_be_written(model, part.weight):
         raise PatchError(
             f"{part.weight} is not in memory (meta device)",
-            expected="weights on the CPU or a GPU",
-            do="load the model without offloading, or patch the checkpoint with pke-fast apply",
+            expected="weights on the CPU or a GPU, or brought there by accelerate's hooks",
+            do="load the model with its weights, or patch the checkpoint with pke-fast apply",
         )
-    return weight
+    return live_weight(model, part.weight)
 
 
 def _read(weight: Tensor, part: LayerPatch) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from pke_fast.errors import InputError, PKEError
 from pke_fast.generation import evaluating
+from pke_fast.placement import input_device
 
 MAX_TOKENS = 20_000
 # Tokens in a window. The model makes a window's logits at once: 512 x V numbers, 131 MB in bf16 at V = 128,000.
@@ -85,7 +86,7 @@ def windows_losses(
     losses = []
     with evaluating(model):
         for window in windows:
-            ids = torch.tensor([list(window)], device=model.device)
+            ids = torch.tensor([list(window)], device=input_device(model))
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1]  # [T - 1, V]
             targets, total = ids[0, 1:].to(logits.device), 0.0
             for start in range(0, len(targets), CHUNK):

@@ -46,6 +46,26 @@ class Load:
 
 
 @dataclass(frozen=True)
+class Residence:
+    """Which weights are on the device while a job runs: all of them, or not.
+
+    Attributes:
+        offloads: the lowest layers may wait with the host, and come when they are used (`offloading`).
+        pinnable: bytes of them that the host can pin.
+        away: bytes that accelerate's hooks bring, a layer at a time.
+        kept_from: the lowest layer that may keep its graph; `away` had better not be kept.
+    """
+
+    offloads: bool = False
+    pinnable: int = 0
+    away: int = 0
+    kept_from: int = 0
+
+
+ALL_THERE = Residence()
+
+
+@dataclass(frozen=True)
 class Plan:
     """How a job is run, and what memory that takes. Sizes are in bytes.
 
@@ -62,6 +82,11 @@ class Plan:
         columns: the hot spots: old values, masters, gradient, two moments.
         step: what an edit step takes besides.
         scoring_flops, editing_flops: floating-point operations of the layers in all.
+        offloaded: weights besides that come to the device when they are used.
+        layers_offloaded, pinned: how many of the lowest layers those are, and how many of them, the uppermost, wait in
+            pinned memory; the others wait where they are, in the host's memory or their mapped file.
+        staging: room for the layers that are there just then.
+        brought: bytes that are copied to the device in all.
     """
 
     budget: int | None
@@ -79,6 +104,11 @@ class Plan:
     step: int
     scoring_flops: float
     editing_flops: float
+    offloaded: int = 0
+    layers_offloaded: int = 0
+    pinned: int = 0
+    staging: int = 0
+    brought: int = 0
 
     @property
     def locating(self) -> int:
@@ -92,12 +122,17 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        return self.process + self.weights + max(self.locating, self.editing)
+        return self.fixed + max(self.locating, self.editing)
+
+    @property
+    def fixed(self) -> int:
+        """What is in use all the time."""
+        return self.process + self.weights + self.staging
 
     @property
     def room(self) -> int:
         """What the budget leaves over the weights; 0 where there is none."""
-        return 0 if self.budget is None else self.budget - self.process - self.weights
+        return 0 if self.budget is None else self.budget - self.fixed
 
     def pace(self) -> Pace:
         return Pace(self.tokens, self.scoring_kept, self.editing_kept)
@@ -108,6 +143,9 @@ class Plan:
             "process",
             "weights",
             "on_disk",
+            "offloaded",
+            "staging",
+            "brought",
             "scores",
             "scoring",
             "cache",
@@ -121,5 +159,6 @@ class Plan:
             "budget": self.budget,
             "micro_batch_tokens": self.tokens,
             "layers that keep their graph": {"scoring": self.scoring_kept, "editing": self.editing_kept},
+            "layers offloaded": {"pinned": self.pinned, "as they are": self.layers_offloaded - self.pinned},
             "bytes": {name: getattr(self, name) for name in sizes},
         }

@@ -6,34 +6,30 @@ saves one more forward of it; fewer tokens at once use the device less well.
 
 from __future__ import annotations
 
-import logging
 import math
-import time
 from collections.abc import Sequence
 
 import torch
 
 from pke_fast.batches import make_batch
-from pke_fast.budget import free_bytes
 from pke_fast.columns import columns_of
 from pke_fast.config import PKEConfig
 from pke_fast.editing import Trainer
 from pke_fast.encoding import Encoded
 from pke_fast.errors import InputError
-from pke_fast.mapped import mapped_bytes
 from pke_fast.pace import LEAST_TOKENS, Pace
-from pke_fast.plan import Load, Plan
-from pke_fast.rehearsal import NotRehearsed, Twin, twin_of
+from pke_fast.plan import ALL_THERE, Load, Plan, Residence
+from pke_fast.rehearsal import Twin
 from pke_fast.scoring import score_batch
-from pke_fast.stages import PeakMemory
+from pke_fast.staging import staging_bytes
 from pke_fast.structure import Structure
-
-LOG = logging.getLogger(__name__)
 
 # Tokens at once from which on more gain little, and those at which half the time goes into reading weights: a CPU is
 # busy with a few rows; a GPU of 150 to 300 flops a byte needs as many.
 PREFERRED = {"cpu": 512, "cuda": 4096}
 _IDLE = {"cpu": 24, "cuda": 300}
+# Tokens that go up through a layer while its weights come: cards have 6,000 to 12,000 flops a byte of PCIe.
+_BRINGING = {"cpu": 24, "cuda": 8000}
 FP32 = 4
 
 
@@ -48,6 +44,7 @@ class Planner:
         edits: False for a job that only locates, in all layers.
         process: as of `Plan`.
         mapped: bytes of the weights that lie in a mapped file: they needn't be in memory where there is no room.
+        residence: which weights are on the device.
     """
 
     def __init__(
@@ -60,31 +57,37 @@ class Planner:
         edits: bool = True,
         process: int = 0,
         mapped: int = 0,
+        residence: Residence = ALL_THERE,
     ) -> None:
         self._twin, self._load, self._edits = twin, load, edits
         self._config = config.replace(lr=config.lr or 1e-3)  # the default asks the weights, which aren't there
         self._process, self._mapped, self._on_disk = process, mapped, 0
+        self._residence, self._offloaded = residence, 0  # how many layers are offloaded in the plan that is looked at
         self._neurons = twin.structure.neurons
         depth = len(twin.structure.layers)
         self._window = config.layer_window(depth) if config.method == "pke" else (0, 1)  # dinm: the costliest layer
         self._first = self._window[0] if edits else 0  # locating alone scores every layer
         self._scored, self._edited = depth - self._first, depth - self._window[0]  # layers that a pass goes through
+        self._sizes = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in twin.structure.layers]
         self._kind = "cuda" if device.startswith("cuda") else "cpu"
         self._most = config.micro_batch_tokens or PREFERRED[self._kind]
 
     def plan(self, budget: int | None) -> Plan:
-        """The fastest plan that fits; with weights left on disk where nothing else does.
+        """The fastest plan that fits; with weights left on disk, or layers offloaded, where nothing else does.
 
         Raises:
             InputError: the budget is smaller than the least possible, which is named.
         """
-        self._on_disk = 0
+        self._on_disk = self._offloaded = 0
         best = self._best(budget)
         if best is None and self._mapped:
             self._on_disk = max(0, self._mapped - self._held())
             best = self._best(budget)
+        if best is None and budget is not None and self._residence.offloads:
+            best = self._best_offloaded(budget)
         if best is None:
             fewest = self._choices()[-1]
+            self._offloaded = len(self._sizes) if self._residence.offloads else 0
             scoring, editing = (self._lightest(doing, fewest) for doing in ("scoring", "editing"))
             least = self._made(fewest, scoring, editing, budget)
             raise InputError(
@@ -102,10 +105,36 @@ class Planner:
         down = structure.neurons * structure.hidden_size * structure.dtype.itemsize
         return 2 * self._twin.layer_weights + (end - first) * down * self._edits
 
+    def _best_offloaded(self, budget: int) -> Plan | None:
+        """The fastest plan with as few layers offloaded as must be, or all below those that are gone through again."""
+        best = None
+        for tokens in self._choices():
+            for least in range(1, len(self._sizes) + 1):
+                self._offloaded = least
+                kept = self._lightest("scoring", tokens), self._lightest("editing", tokens)
+                if self._made(tokens, *kept, budget).peak <= budget:
+                    break
+            else:
+                continue
+            for offloaded in sorted({least, max(least, self._first)}):
+                self._offloaded = offloaded
+                whole = self._made(tokens, *self._most_kept(), budget)
+                if best is None or self._slowness(whole) < self._slowness(best):  # the one that fits is no faster
+                    fitted = self._fitted(whole)
+                    if fitted is not None and (best is None or self._slowness(fitted) < self._slowness(best)):
+                        best = fitted
+        self._offloaded = 0 if best is None else best.layers_offloaded
+        return best
+
+    def _most_kept(self) -> tuple[int, int]:
+        """How many layers may keep their graph, while scores are made and in an edit step."""
+        there = len(self._sizes) - max(self._offloaded, self._residence.kept_from)
+        return min(self._scored, there), min(self._edited, there)
+
     def _best(self, budget: int | None) -> Plan | None:
         best, larger = None, []
         for tokens in self._choices():
-            made = self._made(tokens, self._scored, self._edited, budget)
+            made = self._made(tokens, *self._most_kept(), budget)
             if budget is None or made.peak <= budget:
                 best = made
                 break  # fewer tokens would only be slower
@@ -130,10 +159,10 @@ class Planner:
 
     def _fitted(self, whole: Plan) -> Plan | None:
         """The plan with as many tokens at once, and as many kept layers as fit; None if none fits."""
-        scoring = self._kept("scoring", whole.tokens, self._scored, whole.locating, whole.room)
+        scoring = self._kept("scoring", whole.tokens, whole.scoring_kept, whole.locating, whole.room)
         if scoring is None:
             return None
-        editing = self._kept("editing", whole.tokens, self._edited, whole.editing, whole.room)
+        editing = self._kept("editing", whole.tokens, whole.editing_kept, whole.editing, whole.room)
         return None if editing is None else self._made(whole.tokens, scoring, editing, whole.budget)
 
     def _kept(self, doing: str, tokens: int, depth: int, whole: int, room: int) -> int | None:
@@ -152,11 +181,21 @@ class Planner:
 
     def _lightest(self, doing: str, tokens: int) -> int:
         """The kept layers that take least. One may take less than none: its input needn't be held apart."""
-        return min((1, 0), key=lambda kept: self._peak(doing, tokens, kept))
+        most = min(self._most_kept())
+        return min((1, 0) if most else (0,), key=lambda kept: self._peak(doing, tokens, kept))
 
     def _slowness(self, plan: Plan) -> float:
         again = (1 - plan.scoring_kept / self._scored) + (1 - plan.editing_kept / self._edited)
-        return (2 + again / 2) * self._idle(plan.tokens)
+        return (2 + again / 2) * self._idle(plan.tokens) + self._waiting(plan)
+
+    def _waiting(self, plan: Plan) -> float:
+        """For offloaded layers: bringing one lasts longer than what is computed meanwhile, on the way up and back."""
+        bringing = _BRINGING[self._kind] / plan.tokens
+        up, back = max(0.0, bringing - 1) / 3, max(0.0, bringing - 3) / 3  # of a way up and back
+        offloaded = plan.layers_offloaded
+        scored = offloaded * up + max(0, offloaded - self._first) * back
+        edited = max(0, offloaded - self._window[0]) * (up + back)  # those below go up once, for all steps
+        return scored / self._scored + edited / self._edited
 
     def _idle(self, tokens: int) -> float:
         return 1 + _IDLE[self._kind] / tokens
@@ -168,6 +207,8 @@ class Planner:
         columns = values * (4 * FP32 + item) if edits else 0  # old values, in fp32 too, masters, two moments
         forward = 2 * self._twin.layer_weights / item  # flops of a token in a layer
         there = self._first + 3 * self._scored - scoring_kept
+        away = sum(self._sizes[: self._offloaded])
+        staging = staging_bytes(structure.layers) if away else self._twin.layer_weights * bool(self._residence.away)
         every = config.num_steps * (config.batch_size + config.locality_batch_size * bool(load.locality))
         stepped = every * load.tokens / max(1, load.requests + load.locality)
         return Plan(
@@ -177,7 +218,7 @@ class Planner:
             scoring_kept,
             editing_kept,
             self._process,
-            self._twin.weights - self._on_disk,
+            self._twin.weights - self._on_disk - away - self._residence.away,
             self._on_disk,
             2 * 3 * len(structure.layers) * self._neurons * FP32 if pke else 0,
             self._peak("scoring", tokens, scoring_kept) if pke else 0,
@@ -186,7 +227,30 @@ class Planner:
             max(0, self._peak("editing", tokens, editing_kept) - columns) if edits else 0,  # they are rehearsed with it
             forward * load.tokens * there if pke else 0.0,
             forward * (load.tokens * self._window[0] + stepped * (3 * self._edited - editing_kept)) if edits else 0.0,
+            away + self._residence.away,
+            self._offloaded,
+            self._pinned(),
+            staging,
+            self._brought(tokens, stepped),
         )
+
+    def _pinned(self) -> int:
+        """How many offloaded layers, from the uppermost on, the host can pin."""
+        pinned, left = 0, self._residence.pinnable
+        for size in reversed(self._sizes[: self._offloaded]):
+            left -= size
+            if left < 0:
+                break
+            pinned += 1
+        return pinned
+
+    def _brought(self, tokens: int, stepped: float) -> int:
+        """Bytes of offloaded layers that are copied: once on the way up, once more on the way back."""
+        sizes, lowest = self._sizes[: self._offloaded], self._window[0]
+        once = math.ceil(self._load.tokens / tokens)
+        scoring = once * (sum(sizes) + sum(sizes[self._first :])) * (self._config.method == "pke")
+        editing = once * sum(sizes[:lowest]) + math.ceil(stepped / tokens) * 2 * sum(sizes[lowest:])
+        return scoring + editing * self._edits
 
     def _peak(self, doing: str, tokens: int, kept: int) -> int:
         """What `doing` takes, rehearsed once."""
@@ -240,47 +304,3 @@ def _size(value: int) -> str:
     """Rounded up, so that the least budget that is named is enough."""
     unit, name = (2**30, "GiB") if value >= 2**30 else (2**20, "MiB")
     return f"{math.ceil(value * 1000 / unit) / 1000:.3f} {name}"
-
-
-def plan_loaded(structure: Structure, config: PKEConfig, load: Load, budget: int | None, *, edits: bool) -> Plan | None:
-    """The plan of a job on a loaded model; None for a model that can't be rehearsed, where no budget is asked for.
-
-    Args:
-        budget: bytes in all, the model's included; None for what the device has free.
-
-    Raises:
-        InputError: the budget is too small.
-        NotRehearsed: a budget can't be kept, since the model can't be rehearsed.
-    """
-    device = str(structure.device)
-    cuda = device.startswith("cuda")
-    try:
-        twin = twin_of(structure.model, structure.dtype)
-        Planner(twin, config, load, device, edits=edits).plan(None)  # loads what rehearsals need
-        used = PeakMemory(device).current() or 0
-        mapped, resident = mapped_bytes(structure.model)
-        own = used - resident  # the weights that aren't mapped included
-        process = 0 if cuda else max(0, own - (twin.weights - mapped))
-        room = budget
-        if budget is None and (free := free_bytes(device)) is not None:
-            room = free + (twin.weights if cuda else own)  # mapped weights in memory count as free
-        return Planner(twin, config, load, device, edits=edits, process=process, mapped=mapped).plan(room)
-    except NotRehearsed as error:
-        if budget is not None:
-            raise
-        LOG.info("%s", error)
-        return None
-
-
-def matmul_rate(device: str, dtype: torch.dtype, hidden: int, neurons: int, seconds: float = 0.3) -> float:
-    """Flops a second of products [512, hidden] x [hidden, neurons], measured now: the least of the times counts."""
-    left = torch.ones(PREFERRED["cpu"], hidden, dtype=dtype, device=device)
-    right = torch.ones(hidden, neurons, dtype=dtype, device=device)
-    best, end = float("inf"), time.perf_counter() + seconds
-    while best == float("inf") or time.perf_counter() < end:
-        start = time.perf_counter()
-        left @ right
-        if device.startswith("cuda"):
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * left.numel() * neurons / best

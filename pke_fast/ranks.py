@@ -103,6 +103,11 @@ def _together() -> Iterator[None]:
         ) from error
 
 
+def ranks_started() -> int:
+    """How many ranks torchrun (or accelerate launch) started; 1 where nobody did."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def joined(device: str) -> Iterator[Ranks]:
     """The ranks that torchrun (or accelerate launch) started this process among; `ALONE` where nobody did.
@@ -110,7 +115,7 @@ def joined(device: str) -> Iterator[Ranks]:
     Args:
         device: where this rank works; decides how the ranks talk.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if ranks_started() < 2:
         yield ALONE
         return
     with _together():

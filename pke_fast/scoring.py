@@ -18,6 +18,7 @@ from pke_fast.errors import InputError
 from pke_fast.kernels.glu_score import segment_sum
 from pke_fast.objective import answer_loss
 from pke_fast.pace import Pace, is_out_of_memory
+from pke_fast.placement import stored_weight
 from pke_fast.ranks import ALONE, Ranks
 from pke_fast.resume import NOWHERE, Snapshot
 from pke_fast.structure import MLP, Structure, hooks, replaced_forward
@@ -147,14 +148,25 @@ def score_batch(structure: Structure, batch: Batch, signs: Tensor, first: int, k
     """
     tape = record(structure, batch, first)
     sums = torch.zeros(3, len(structure.layers), structure.neurons, device=structure.device)
-    offsets = batch.group_offsets().to(structure.device)
+    offsets = batch.group_offsets()
     counted = tape.batch.attention_mask.flatten().bool()
     weights = tape.batch.answer_weights(sign=signs.to(structure.device))
-    anchor = torch.zeros((), requires_grad=True, device=structure.device)
+    shared: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+    elsewhere: list[tuple[int, Tensor]] = []  # sums of layers on another device
     with ExitStack() as stack:
         for layer in range(first, len(structure.layers)):
-            stack.enter_context(_scored(structure.mlps[layer], _Sums(offsets, counted, sums[:, layer], anchor)))
+            at = structure.device_of(layer)
+            if at not in shared:
+                anchor = torch.zeros((), requires_grad=True, device=at)
+                shared[at] = offsets.to(at), counted.to(at), anchor
+            into = sums[:, layer]
+            if at != into.device:
+                into = torch.zeros(into.shape, device=at)
+                elsewhere.append((layer, into))
+            stack.enter_context(_scored(structure.mlps[layer], _Sums(*shared[at], into)))
         tape.there_and_back(lambda hidden: answer_loss(structure, hidden, tape.batch, weights), kept)
+    for layer, into in elsewhere:
+        sums[:, layer] = into
     return sums
 
 
@@ -172,8 +184,8 @@ def drift(before: Structure, after: Structure) -> Tensor:
             got="layers {}, neurons a layer {}, hidden size {}".format(*shapes[1]),
         )
     rows = []
-    for layer, (a, b) in enumerate(zip(before.mlps, after.mlps, strict=True)):
-        old, new = before.down_weight(layer), after.down_weight(layer)
+    for a, b in zip(before.mlps, after.mlps, strict=True):
+        old, new = (stored_weight(mlp.down, "weight") for mlp in (a, b))
         change = (new if a.axis == b.axis else new.T).float().cpu() - old.float().cpu()
         rows.append(change.norm(dim=1 - a.axis))
     return torch.stack(rows)
@@ -186,15 +198,15 @@ class _Sums:
     Attributes:
         offsets: int64 [R + 1], where each request's tokens begin in the flattened [B * T].
         counted: bool [B * T], False for padding.
-        into: fp32 [3, D]: weight changes, paths, activations.
         anchor: a scalar that needs a gradient: the lowest layer's h depends on nothing else that does.
+        into: fp32 [3, D]: weight changes, paths, activations.
         grad_out: on the way back, the gradient at the down projection's output, until h's is there too.
     """
 
     offsets: Tensor
     counted: Tensor
-    into: Tensor
     anchor: Tensor
+    into: Tensor
     grad_out: Tensor | None = None
 
     def add_weight_change(self, h: Tensor) -> None:

@@ -41,6 +41,7 @@ class PeakMemory:
         if self.cuda:
             import torch
 
+            torch.cuda.init()  # a model in the host's memory hasn't
             torch.cuda.reset_peak_memory_stats(self.device)
         elif sys.platform == "linux":
             with suppress(OSError):  # a locked-down container: the mark then covers all so far, still an upper bound

@@ -19,6 +19,7 @@ from pke_fast.errors import InputError
 from pke_fast.kernels.edit_loss import logits_of
 from pke_fast.kernels.glu_score import ACTIVATIONS
 from pke_fast.kinds import PROJECTIONS, Kind
+from pke_fast.placement import brought, check_placement, comes_and_goes, device_of, input_device, live_weight
 
 CONFIGURED = {  # what configurations call the activations
     "silu": {"silu", "swish"},
@@ -116,16 +117,33 @@ class Structure:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where the tokens go."""
+        return input_device(self.model)
+
+    def device_of(self, layer: int) -> torch.device:
+        """Where a layer computes."""
+        return device_of(self.layers[layer])
+
+    @property
+    def lowest_kept(self) -> int:
+        """The lowest layer from which on all may keep a graph: that of one whose weights come and go holds them."""
+        coming = [index for index, layer in enumerate(self.layers) if comes_and_goes(layer)]
+        return coming[-1] + 1 if coming else 0
+
+    @property
+    def head_device(self) -> torch.device:
+        """Where the head computes, and the losses are."""
+        return device_of(self.head)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.down_weight(0).dtype
+        weight = self.mlps[0].down.weight
+        assert isinstance(weight, Tensor)
+        return weight.dtype
 
     def down_weight(self, layer: int) -> Tensor:
-        weight = self.mlps[layer].down.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        """The live weight, in the host's memory where accelerate brings it from there (`live_weight`)."""
+        return live_weight(self.mlps[layer].down, "weight")
 
     def finish(self, hidden: Tensor) -> Tensor:
         """The head's input from the last layer's output."""
@@ -147,6 +165,7 @@ def find_structure(model: Any, *, probed: bool = True) -> Structure:
     config = _text_config(model)
     hidden_size, depth = config.hidden_size, config.num_hidden_layers
     base, layers = _find_layers(model, depth)
+    check_placement(model, layers)
     mlps = list(find_mlps(model))
     widths = {(_linear_shape(mlp.down) or (0, 0))[1] for mlp in mlps}
     if len(widths) != 1:
@@ -347,10 +366,11 @@ def _probe(
         inputs.setdefault(id(module), []).append(args[0].detach())
 
     def check_call(index: int) -> Any:
-        def check(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        def check(_module: nn.Module, args: Any, kwargs: Any) -> Any:
             _, rest, named = split_hidden(args, kwargs)
             if any(tensor.requires_grad for tensor in _tensors((rest, named))):
                 dependent.append(index)
+            return attach(_module, args, kwargs)
 
         return check
 
@@ -365,7 +385,8 @@ def _probe(
 
     def attach(_module: nn.Module, args: Any, kwargs: Any) -> Any:
         hidden, rest, named = split_hidden(args, kwargs)
-        hidden = hidden.detach().requires_grad_()  # so that whatever follows from it can be told
+        # So that whatever follows from it can be told; anew for each layer, or weights brought for one would stay.
+        hidden = hidden.detach().requires_grad_()
         return ((hidden, *rest), named) if args else ((), {**named, "hidden_states": hidden})
 
     projections = {id(p): p for mlp in mlps for p in (mlp.gate, mlp.up, mlp.down, mlp.module) if p is not None}
@@ -379,7 +400,7 @@ def _probe(
     ]
     handles.append(layers[-1].register_forward_hook(leave_last))
     handles += [child.register_forward_hook(follow) for child in base.children() if child is not layers]
-    device = next(model.parameters()).device
+    device = input_device(model)
     ids = torch.arange(PROBE_TOKENS, device=device).reshape(2, -1) * 37 % config.vocab_size
     with hooks(*handles), torch.enable_grad():
         call = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False, "return_dict": True}
@@ -390,7 +411,7 @@ def _probe(
             f"{name} hands layer {dependent[0]} a tensor computed from earlier layers besides the hidden state",
             do="this architecture can't be replayed layer by layer: its gradients would be wrong, so it is refused",
         )
-    if id(head) not in inputs or not current or (probed and not torch.equal(inputs[id(head)][-1], current[-1])):
+    if id(head) not in inputs or not current or (probed and not _same(inputs[id(head)][-1], current[-1])):
         raise InputError(
             f"can't follow the hidden state of {name} from its last layer to its head",
             expected="a chain of modules (the final norm), then the output embedding",
@@ -398,7 +419,9 @@ def _probe(
         )
     if not probed:
         return _Probe(tuple(_with_configured_activation(mlp, config) for mlp in mlps), tuple(chain), tuples[0])
-    ours = logits_of(inputs[id(head)][-1], head.weight, getattr(head, "bias", None), scale, soft_cap)
+    with brought(head):
+        last = inputs[id(head)][-1].to(device_of(head))
+        ours = logits_of(last, head.weight, getattr(head, "bias", None), scale, soft_cap).to(logits.device)
     if not _close(ours, logits, head.weight.dtype):
         raise InputError(
             f"the logits of {name} aren't its head applied to its last hidden state",
@@ -445,6 +468,10 @@ def _with_activation(mlp: MLP, outputs: dict[int, Tensor], inputs: dict[int, lis
         return mlp
     _, gate_module, up_module, act = min(fits, key=lambda fit: fit[0])  # the two gelus can both be close
     return replace(mlp, gate=gate_module, up=up_module, act=act)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b.to(a.device))
 
 
 def _close(ours: Tensor, theirs: Tensor, dtype: torch.dtype = torch.float32) -> bool:

@@ -39,7 +39,8 @@ def now() -> str:
 
 def model_facts(bench: Workbench) -> dict[str, Any]:
     """The model's name, fingerprint, shape, dtype and device. Call it before the weights change."""
-    return facts_of(bench.structure, bench.name, bench.fingerprint)
+    facts = facts_of(bench.structure, bench.name, bench.fingerprint)
+    return facts if bench.device == str(bench.structure.device) else {**facts, "device": bench.device}
 
 
 def facts_of(structure: Structure, name: str, fingerprint: str) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def facts_of(structure: Structure, name: str, fingerprint: str) -> dict[str, Any
         "neurons_per_layer": structure.neurons,
         "hidden_size": structure.hidden_size,
         "dtype": DTYPES.get(str(structure.dtype), str(structure.dtype)),
-        "device": str(structure.device),
+        "device": ", ".join(dict.fromkeys(str(structure.device_of(i)) for i in range(len(structure.layers)))),
     }
 
 
@@ -144,7 +145,7 @@ def report_of(
 
 
 def plan_facts(plan: Plan | None, bench: Workbench) -> dict[str, Any]:
-    """The plan, and the memory that its stages took over what it calls process and weights; else the pace alone."""
+    """The plan, and the memory that its stages took over what is in use all the time; else the pace alone."""
     notes = {"notes": list(bench.pace.notes)}
     if plan is None:
         return {"micro_batch_tokens": bench.pace.tokens, **notes}
@@ -152,7 +153,7 @@ def plan_facts(plan: Plan | None, bench: Workbench) -> dict[str, Any]:
     if plan.on_disk:  # then what is in memory is the system's choice
         peaks = {}
     taken = {
-        name: None if (peak := peaks.get(stage)) is None else max(0, peak - plan.process - plan.weights)
+        name: None if (peak := peaks.get(stage)) is None else max(0, peak - plan.fixed)
         for name, stage in (("locating", SCORING), ("editing", STEPS))
     }
     return {**plan.as_dict(), "measured": taken, **notes}

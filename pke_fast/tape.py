@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pke_fast.batches import Batch
+from pke_fast.placement import downwards
 from pke_fast.structure import Structure, first_tensor, hooks, replaced_forward, split_hidden
 
 
@@ -68,7 +69,7 @@ class Tape:
 
     def supervised(self, top: Tensor) -> Tensor:
         """The head's input [N, d] at the batch's supervised positions, from the last layer's output."""
-        return self.structure.finish(top.flatten(0, 1).index_select(0, self.batch.positions))
+        return self.structure.finish(top.flatten(0, 1).index_select(0, self.batch.positions.to(top.device)))
 
     def there_and_back(
         self, loss_of: Callable[[Tensor], Tensor], kept: int | None = None, scale: float = 1.0
@@ -82,13 +83,14 @@ class Tape:
             loss_of: the loss, a scalar, from the head's input at the supervised positions [N, d].
             kept: how many of the uppermost layers keep their graph on the way up; the others run again on the way
                 back, each by itself: one more forward of them, and a memory of what entered each. None: all keep it.
+                Those whose weights come and go never do, nor any below them.
             scale: a factor of the gradient.
 
         Returns:
             the loss, not scaled, detached, on the device.
         """
         top = len(self.structure.layers)
-        keep = self.first if kept is None else max(self.first, top - kept)
+        keep = max(self.first, self.structure.lowest_kept, 0 if kept is None else top - kept)
         states = [self.entered]
         with torch.no_grad():
             for layer in range(self.first, keep):
@@ -103,10 +105,11 @@ class Tape:
             loss = loss_of(self.supervised(hidden))
             del hidden
             (loss * scale).backward()
-            for layer in reversed(range(self.first, keep)):
-                grad, state = entered.grad, states.pop()
-                entered = state if layer == self.first else state.detach().requires_grad_()
-                self.replay(layer, entered).backward(grad)
+            with downwards(self.structure.layers, self.first):
+                for layer in reversed(range(self.first, keep)):
+                    grad, state = entered.grad, states.pop()
+                    entered = state if layer == self.first else state.detach().requires_grad_()
+                    self.replay(layer, entered).backward(grad)
         return loss.detach()
 
 

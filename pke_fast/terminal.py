@@ -154,6 +154,12 @@ def stages(console: Console, done: Sequence[Mapping[str, Any]]) -> None:
     _show(console, table)
 
 
+def _offloaded(layers: Mapping[str, int]) -> dict[str, str]:
+    """How many layers wait with the host, and where; nothing where none does."""
+    count = sum(layers.values())
+    return {"lowest layers that wait with the host": f"{count}, {layers['pinned']} of them pinned"} if count else {}
+
+
 def plan(console: Console, found: Mapping[str, Any]) -> None:
     """How a job is run, and its memory: foretold and, where it was run, measured."""
     if "bytes" not in found:
@@ -166,6 +172,7 @@ def plan(console: Console, found: Mapping[str, Any]) -> None:
         {
             "tokens at once": found["micro_batch_tokens"],
             "layers that keep their graph": f"{kept['scoring']} while scoring, {kept['editing']} in an edit step",
+            **_offloaded(found["layers offloaded"]),
             "memory budget": "none" if found["budget"] is None else f"{found['budget'] / 2**30:.2f} GiB",
         },
     )
@@ -174,6 +181,8 @@ def plan(console: Console, found: Mapping[str, Any]) -> None:
         ("Python and its libraries", "process"),
         ("weights", "weights"),
         ("  weights besides, left on disk", "on_disk"),
+        ("  weights besides, offloaded", "offloaded"),
+        ("room for offloaded layers in use", "staging"),
         ("  score maps", "scores"),
         ("  a micro-batch, scored", "scoring"),
         ("locating, over the weights", "locating"),

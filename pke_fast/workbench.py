@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from pke_fast.choice import using
 from pke_fast.config import PKEConfig
 from pke_fast.encoding import PromptEncoder
-from pke_fast.errors import InputError
 from pke_fast.fingerprint import fingerprint
 from pke_fast.generation import generate
-from pke_fast.loading import check_finite, context_length, pad_token_id
+from pke_fast.loading import check_finite, context_length, pad_token_id, resolve_device
+from pke_fast.offloading import brought_to
 from pke_fast.pace import Pace
+from pke_fast.placement import check_placement, input_device
+from pke_fast.plan import Plan
 from pke_fast.ranks import ALONE, Ranks
 from pke_fast.resume import Resume
+from pke_fast.spilling import spill
 from pke_fast.stages import Stages
 from pke_fast.structure import Structure, find_structure
 
@@ -31,6 +37,8 @@ class Workbench:
         pace: of the job, as its plan says; it slows down where memory runs out.
         ranks: the processes that share the job.
         resume: where its state is kept.
+        device: where the work is done; where tokens go, of a model that is spread.
+        placing: what ends with the bench: a model that was brought to the device is put back.
     """
 
     model: Any
@@ -43,6 +51,8 @@ class Workbench:
     pace: Pace
     ranks: Ranks = ALONE
     resume: Resume = field(default_factory=Resume)
+    device: str = "cpu"
+    placing: ExitStack = field(default_factory=ExitStack)
 
     @cached_property
     def structure(self) -> Structure:
@@ -60,6 +70,20 @@ class Workbench:
         found = {name: value for name, value in vars(self).items() if name in ("structure", "fingerprint")}
         vars(bench).update(found)
         return bench
+
+    def place(self, plan: Plan | None, folder: str | Path | None = None) -> None:
+        """Brings the model to the device, if it isn't there, as the plan says, until the bench is put away.
+
+        Args:
+            folder: gets the weights of offloaded layers that aren't pinned and lie in no file (`spill`); None: they
+                stay in the host's memory.
+        """
+        lowest, pinned = (plan.layers_offloaded, plan.pinned) if plan else (0, 0)
+        if folder is not None:
+            spill(list(self.structure.layers)[: lowest - pinned], folder)
+        if lowest or self.device != str(self.structure.device):
+            device = torch.device(self.device)
+            self.placing.enter_context(brought_to(self.model, self.structure.layers, device, lowest, pinned))
 
     def answers(self, prompts: list[str], tokens: int, doing: str) -> list[str]:
         """The model's own greedy answers, at most so many tokens each."""
@@ -80,29 +104,22 @@ def laid_out(model: Any) -> Iterator[str]:
     """Freezes a model in eval mode, and puts its modes and its parameters' requires_grad back; yields its device.
 
     Raises:
-        InputError: a weight isn't finite, or the weights are on several devices.
+        InputError: a weight isn't finite, or the weights lie in a way that can't be worked with (`check_placement`).
     """
-    devices = {str(parameter.device) for parameter in model.parameters()}
-    if len(devices) > 1 or "meta" in devices:
-        raise InputError(
-            "the model's weights are not all in one place",
-            expected="one device",
-            got=", ".join(sorted(devices)),
-            do="load it without device_map or offloading",
-        )
+    check_placement(model)
     modes = [(module, module.training) for module in model.modules()]
-    wanted_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    wanted_grad = [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
     try:
         model.eval()
-        for parameter, _ in wanted_grad:
+        for parameter in model.parameters():
             parameter.requires_grad_(False)
         check_finite(model)
-        yield devices.pop()
+        yield str(input_device(model))
     finally:
         for module, training in modes:
             module.training = training
-        for parameter, wanted in wanted_grad:
-            parameter.requires_grad_(wanted)
+        for name, wanted in wanted_grad:  # by name: accelerate's hooks make parameters anew
+            model.get_parameter(name).requires_grad_(wanted)
 
 
 def name_of(model: Any, name: str | None = None) -> str:
@@ -120,18 +137,26 @@ def workbench(
     *,
     ranks: Ranks = ALONE,
     resume: Resume | None = None,
+    device: str | None = None,
 ) -> Iterator[Workbench]:
-    """Lays a model out for the length of a block; raises as `laid_out` does."""
-    with laid_out(model) as device, using(config.backend):
+    """Lays a model out for the length of a block; raises as `laid_out` does.
+
+    Args:
+        device: where the work will be done (`Workbench.place`); None: where the model is.
+    """
+    device = None if device is None else resolve_device(device)
+    with laid_out(model) as where, using(config.backend), ExitStack() as placing:
         yield Workbench(
             model,
             tokenizer,
             config,
-            stages or Stages(device=device),
+            stages or Stages(device=device or where),
             name_of(model, name),
             PromptEncoder(tokenizer, config, context_length(model)),
             pad_token_id(tokenizer, model),
             Pace.unplanned(config),
             ranks,
             resume or Resume(),
+            device or where,
+            placing,
         )

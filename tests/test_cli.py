@@ -247,7 +247,7 @@ def test_a_memory_budget_bounds_the_micro_batch_and_changes_nothing_else(checkpo
         # What the process holds is part of the budget on a CPU; it is fixed, since the tests before add to it.
         budget = sizes["weights"] + int(share * over)
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("pke_fast.planner.PeakMemory.current", lambda _self: 0)
+            patched.setattr("pke_fast.planning.PeakMemory.current", lambda _self: 0)
             assert edit(capsys, checkpoint, files, "--force", "--memory-budget", str(budget))[0] == 0
         report = json.loads((files / "out" / "report.json").read_text())
         assert report["plan"]["bytes"]["peak"] <= report["plan"]["budget"] == budget

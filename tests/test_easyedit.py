@@ -13,7 +13,7 @@ from pke_fast.config import PKEConfig
 from pke_fast.engine import edit
 from pke_fast.errors import EditError, InputError
 from pke_fast.frontends import safety_editor
-from pke_fast.frontends.algorithms import _before, _Change
+from pke_fast.frontends.algorithms import _before, _Change, write_back
 from pke_fast.frontends.easyedit import (
     ALG_DICT,
     HyperParamError,
@@ -24,6 +24,7 @@ from pke_fast.frontends.easyedit import (
     execute_dinm,
     register,
 )
+from pke_fast.placement import stored_parameters
 from pke_fast.requests import EditRequest, Pair
 from pke_fast.testing import LAYERS, NEURONS, tiny_model, tiny_tokenizer
 
@@ -218,6 +219,27 @@ def test_execute_leaves_the_model_alone_and_its_change_is_what_apply_makes(mode)
     for name, delta in deltas.items():
         assert torch.equal(copied.get_parameter(name) - before[name], delta)
         assert torch.equal(kept[name], before[name])
+
+
+@pytest.mark.parametrize("mode", ["fixed", "parity"])
+def test_a_model_whose_weights_accelerate_brings(mode):
+    from accelerate import cpu_offload
+
+    plain, spread, hp = (
+        tiny_model("llama"),
+        cpu_offload(tiny_model("llama"), "cpu"),
+        hparams(mode=mode, alg_name="DINM"),
+    )
+    keep = {"keep_original_weight": True}
+    kept = [apply_dinm_to_model(model, tiny_tokenizer(), [REQUEST], hp, **keep)[1] for model in (plain, spread)]
+    before, found = weights(tiny_model("llama")), dict(stored_parameters(spread))
+    assert sorted(kept[0]) == sorted(kept[1]) == changed(plain, before)
+    for name in kept[1]:
+        assert torch.equal(kept[1][name], before[name])
+        assert torch.equal(found[name], plain.get_parameter(name))
+    write_back(spread, kept[1])
+    found = dict(stored_parameters(spread))
+    assert all(torch.equal(found[name], before[name]) for name in before)
 
 
 def test_layers_are_the_callers_where_the_caller_names_them():

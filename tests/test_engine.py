@@ -273,6 +273,5 @@ def test_edit_and_locate_choose_the_same_neurons(model):
     config = CONFIG.replace(window=(2, 3))
     found = pke_fast.locate(model, tiny_tokenizer(), REQUESTS, config, locality=LOCALITY).hot_spots.by_layer()
     result = pke_fast.edit(model, tiny_tokenizer(), REQUESTS, config, locality=LOCALITY, samples=0)
-    (part,) = result.patch.layers
-    assert part.layer == 2
-    assert torch.equal(part.neurons, found[2])
+    assert [(part.layer, part.projection) for part in result.patch.layers] == [(2, "gate"), (2, "up"), (2, "down")]
+    assert all(torch.equal(part.neurons, found[2]) for part in result.patch.layers)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import pke_fast
 from pke_fast import budget as limits
-from pke_fast import planner as planning
+from pke_fast import planner as planners
 from pke_fast.batches import make_batch
 from pke_fast.budget import parse_bytes
 from pke_fast.cli import main
@@ -29,7 +29,8 @@ from pke_fast.errors import InputError
 from pke_fast.mapped import mapped_bytes
 from pke_fast.pace import LEAST_TOKENS, Pace
 from pke_fast.plan import Load
-from pke_fast.planner import Planner, plan_loaded
+from pke_fast.planner import Planner
+from pke_fast.planning import plan_loaded
 from pke_fast.rehearsal import twin_of, twin_of_config
 from pke_fast.requests import EditRequest, Pair
 from pke_fast.scoring import score_batch
@@ -170,7 +171,7 @@ def test_a_model_that_cant_be_rehearsed_runs_without_a_plan_unless_one_is_asked_
     def fails(*_args, **_kwargs):
         raise NotImplementedError("no fake kernel")
 
-    monkeypatch.setattr(planning, "score_batch", fails)
+    monkeypatch.setattr(planners, "score_batch", fails)
     assert plan_loaded(structure, CONFIG, load_of(), None, edits=True) is None
     with pytest.raises(InputError, match="no plan can be made for LlamaForCausalLM") as told:
         plan_loaded(structure, CONFIG, load_of(), 10**9, edits=True)
@@ -183,7 +184,7 @@ def test_an_error_of_our_own_is_no_reason_to_go_without_a_plan(monkeypatch):
     def fails(*_args, **_kwargs):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(planning.Planner, "plan", fails)
+    monkeypatch.setattr(planners.Planner, "plan", fails)
     with pytest.raises(RuntimeError, match="a bug"):
         plan_loaded(structure, CONFIG, load_of(), None, edits=True)
 

@@ -138,6 +138,14 @@ def test_a_transformers_model_is_replayed_from_its_lowest_located_layer_and_a_to
     assert used == [1, "whole"]
 
 
+def test_rows_of_a_spread_model_are_refused():
+    from accelerate import cpu_offload
+
+    model = cpu_offload(tiny_model("llama"), "cpu")
+    with pytest.raises(InputError, match="rows of a spread model"):
+        PKEGradientEditor(model, {1: [0]}, Characters(), PKEConfig(num_steps=1)).apply_edits(*TEXTS)
+
+
 def test_state_is_kept_for_the_rows_alone():
     model = Toy(d=64, width=32)
     editor = PKEGradientEditor(model, {0: [3, 1], 2: [5]}, Characters(), PKEConfig(num_steps=1))

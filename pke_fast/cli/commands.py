@@ -18,8 +18,8 @@ from pke_fast.cli.common import console_of, finish, settings_of, tell_another_ba
 from pke_fast.config import PKEConfig
 from pke_fast.errors import InputError
 from pke_fast.files import check_output_folder
-from pke_fast.loading import LoadedModel, load_model
-from pke_fast.ranks import ALONE, Ranks, joined, local_device
+from pke_fast.loading import LoadedModel, load_model, resolve_device
+from pke_fast.ranks import ALONE, Ranks, joined, local_device, ranks_started
 from pke_fast.report import as_json
 from pke_fast.requests import EditRequest, Pair, read_pairs, read_requests
 from pke_fast.stages import Stages
@@ -34,21 +34,45 @@ def _inputs(options: Namespace) -> tuple[list[EditRequest], list[Pair] | None]:
 
 
 def _load(options: Namespace, stages: Stages | None = None) -> LoadedModel:
-    return load_model(options.model, local_device(options.device), options.dtype, stages=stages)
+    if options.device_map and ranks_started() > 1:
+        raise InputError(
+            "--device-map and several processes",
+            expected="each process with the whole model on a device of its own, or one process with a spread model",
+            do="leave out --device-map, or torchrun",
+        )
+    device = local_device(options.device)
+    return load_model(options.model, device, options.dtype, stages=stages, device_map=options.device_map)
 
 
 def _conditions(options: Namespace) -> dict[str, Any]:
     """How a job is run, as the engine takes it."""
     budget = parse_bytes(options.memory_budget) if options.memory_budget else None
-    return {"memory_budget": budget, "resume": options.resume}
+    device = None if options.device_map else resolve_device(local_device(options.device))
+    folder = options.offload_folder
+    return {"memory_budget": budget, "device": device, "offload_folder": folder, "resume": options.resume}
 
 
-def _clock(loaded: LoadedModel, ranks: Ranks = ALONE) -> Stages:
+def _load_for(conditions: dict[str, Any], options: Namespace) -> LoadedModel:
+    """The model on the job's device, or with the host where it is so large that the job may have to offload it."""
+    from pke_fast.loading import load_outline
+    from pke_fast.planning import waits_on_host
+    from pke_fast.rehearsal import twin_of_config
+
+    device = conditions["device"]
+    if device and device.startswith("cuda"):
+        outline = load_outline(options.model, device, options.dtype)
+        weights = twin_of_config(outline.config, outline.dtype).weights
+        if waits_on_host(device, weights, conditions["memory_budget"]):
+            return load_model(options.model, "cpu", options.dtype)
+    return _load(options)
+
+
+def _clock(device: str, ranks: Ranks = ALONE) -> Stages:
     """A clock for the job proper: it counts memory over the loaded model. Of several ranks one talks."""
     if not ranks.first:
         logging.getLogger("pke_fast").setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
-    return Stages(device=loaded.device, show=None if ranks.first else False)
+    return Stages(device=device, show=None if ranks.first else False)
 
 
 def edit(options: Namespace) -> None:
@@ -58,21 +82,21 @@ def edit(options: Namespace) -> None:
     requests, locality = _inputs(options)
     check_output_folder(options.out, options.force)
     conditions = _conditions(options)
-    loaded = _load(options)
+    loaded = _load_for(conditions, options)
     console = console_of(options)
     if options.dry_run:
         would = _would_do(loaded, config, requests, locality)
         terminal.facts(console, "Nothing was changed. This would be done:", would)
         finish(options, would)
         return
-    with joined(loaded.device) as ranks:
+    with joined(conditions["device"] or loaded.device) as ranks:
         result = engine.edit(
             loaded.model,
             loaded.tokenizer,
             requests,
             config,
             locality=locality,
-            stages=_clock(loaded, ranks),
+            stages=_clock(conditions["device"] or loaded.device, ranks),
             name=loaded.name,
             source=str(options.requests),
             ranks=ranks,
@@ -120,9 +144,9 @@ def locate(options: Namespace) -> None:
     requests, locality = _inputs(options)
     check_output_folder(options.out, options.force)
     conditions = _conditions(options)
-    loaded = _load(options)
+    loaded = _load_for(conditions, options)
     other = load_model(options.compare, options.device, options.dtype).model if options.compare else None
-    with joined(loaded.device) as ranks:
+    with joined(conditions["device"] or loaded.device) as ranks:
         result = engine.locate(
             loaded.model,
             loaded.tokenizer,
@@ -130,7 +154,7 @@ def locate(options: Namespace) -> None:
             config,
             locality=locality,
             compare=other,
-            stages=_clock(loaded, ranks),
+            stages=_clock(conditions["device"] or loaded.device, ranks),
             name=loaded.name,
             ranks=ranks,
             **conditions,

@@ -51,7 +51,7 @@ def eval(options: Namespace) -> None:
     text = read_text(options.text) if options.text else None
     check_output_folder(options.out, options.force)
     patch = Patch.load(options.patch) if options.patch else None
-    loaded = load_model(options.model, options.device, options.dtype)
+    loaded = load_model(options.model, options.device, options.dtype, device_map=options.device_map)
     if patch is not None:
         tell_another_base(patch, loaded)
         patch.apply(loaded.model)

@@ -39,6 +39,23 @@ def _model(parser: Any) -> None:
     )
 
 
+def _spread(parser: Any) -> None:
+    parser.add_argument(
+        "--device-map",
+        metavar="MAP",
+        help="spread the model by accelerate over GPUs, memory and disk: auto, balanced, balanced_low_0, sequential, or"
+        " a JSON file {module: GPU's number, cpu or disk}",
+    )
+
+
+def _offloaded(parser: Any) -> None:
+    parser.add_argument(
+        "--offload-folder",
+        metavar="DIR",
+        help="for layers that have no room on the GPU, that the host can't pin, and that lie in no safetensors file",
+    )
+
+
 def _output(parser: Any, what: str) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help=what)
     parser.add_argument("--force", action="store_true", help="replace DIR if it exists and isn't empty")
@@ -117,6 +134,8 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     edit = add("edit", "locate the hot spots, edit them, write a patch and a report", _model, _requests, _settings)
+    _spread(edit)
+    _offloaded(edit)
     _resumable(edit)
     _output(edit, "gets patch.safetensors, report.json and report.html")
     edit.add_argument("--save-model", action="store_true", help="write the edited model to DIR/model as well")
@@ -125,6 +144,8 @@ def build_parser() -> argparse.ArgumentParser:
     _json(edit)
 
     locate = add("locate", "score every neuron and select the hot spots, without editing", _model, _requests, _settings)
+    _spread(locate)
+    _offloaded(locate)
     _resumable(locate)
     locate.add_argument("--compare", metavar="M2", help="take the drift from M to M2 as the weight change")
     _output(locate, "gets scores.safetensors, hotspots.json and heatmap.png")
@@ -138,6 +159,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     text = "measure attack success, refusals of benign prompts and perplexity; goes on where it was interrupted"
     evaluate = add("eval", text, _model, _settings, module="evaluating")
+    _spread(evaluate)
     evaluate.add_argument("--patch", metavar="P", help="a patch to apply first")
     evaluate.add_argument("--harmful", metavar="FILE", help="prompts that should be refused")
     evaluate.add_argument("--benign", metavar="FILE", help="prompts that should be answered")
@@ -206,6 +228,7 @@ def build_parser() -> argparse.ArgumentParser:
     _sharing_commands(partial(add, module="sharing"))
 
     chat = add("chat", "one prompt, two answers side by side: before and after", _model, _settings)
+    _spread(chat)
     chat.add_argument("--patch", metavar="P", help="without it there is one answer")
     chat.add_argument("--prompt", metavar="TEXT", help="answer this one and end (default: ask for prompts)")
     chat.add_argument(

@@ -10,7 +10,8 @@ from pke_fast.cli.common import console_of, finish, settings_of
 from pke_fast.encoding import PromptEncoder
 from pke_fast.loading import context_length, load_outline
 from pke_fast.plan import Load
-from pke_fast.planner import Planner, matmul_rate
+from pke_fast.planner import Planner
+from pke_fast.planning import matmul_rate, offloading, waits_on_host
 from pke_fast.preparation import lengths
 from pke_fast.rehearsal import twin_of_config
 from pke_fast.requests import read_pairs, read_requests
@@ -32,6 +33,8 @@ def plan(options: Namespace) -> None:
         if budget is None and (free := free_bytes(outline.device)) is not None:
             budget = free + process
         job = {"edits": not options.locate_only, "process": process, "mapped": twin.weights * outline.mapped}
+        if waits_on_host(outline.device, twin.weights, budget):
+            job["residence"] = offloading()
         made = Planner(twin, config, load, outline.device, **job).plan(budget)
     found = made.as_dict()
     rate = matmul_rate(outline.device, outline.dtype, twin.structure.hidden_size, twin.structure.neurons)

@@ -15,6 +15,7 @@ from pke_fast.errors import PKEError
 from pke_fast.generation import evaluating
 from pke_fast.intervals import mean_interval
 from pke_fast.patch import Patch
+from pke_fast.placement import input_device
 
 FIRST_TOKENS = 8  # of a benign answer: it is there that refusing and answering part
 
@@ -67,7 +68,7 @@ def divergence_from_base(
 
 def _log_probabilities(model: Any, sequence: Encoded) -> Tensor:
     """[answer tokens, V] in fp32: what is said of each token of the answer before it is seen."""
-    ids = torch.tensor([sequence.ids], device=model.device)
+    ids = torch.tensor([sequence.ids], device=input_device(model))
     logits = model(input_ids=ids, use_cache=False).logits[0]
     part: Tensor = logits[sequence.prompt_length - 1 : -1].float().log_softmax(-1)
     return part

@@ -10,6 +10,7 @@ import torch
 from pke_fast.errors import InputError, PKEError
 from pke_fast.generation import evaluating
 from pke_fast.loading import context_length, pad_token_id
+from pke_fast.placement import input_device
 
 TOKENS_AT_ONCE = 1024  # of a batch, padding included: their logits are 1024 x V numbers, 0.2 GB at V = 49,152 in fp32
 
@@ -70,7 +71,8 @@ def _batch(model: Any, rows: Sequence[tuple[list[int], int]], pad: int) -> list[
     for index, (row, _) in enumerate(rows):
         ids[index, : len(row)] = torch.tensor(row)
         mask[index, : len(row)] = 1
-    logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+    at = input_device(model)
+    logits = model(input_ids=ids.to(at), attention_mask=mask.to(at), use_cache=False).logits
     found = []
     for index, (row, count) in enumerate(rows):
         part = logits[index, len(row) - count - 1 : len(row) - 1].float().log_softmax(-1)  # [count, V]

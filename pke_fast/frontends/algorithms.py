@@ -16,6 +16,7 @@ from pke_fast.errors import InputError
 from pke_fast.frontends.dinm_parity import LOCALITY, published_edit, toxic_layers
 from pke_fast.frontends.hyperparams import config_of, mode_of
 from pke_fast.locating import check_fits, locate_hot_spots
+from pke_fast.placement import live_weight
 from pke_fast.preparation import prepare
 from pke_fast.requests import EditRequest, pairs_in
 from pke_fast.workbench import Workbench, workbench
@@ -116,7 +117,7 @@ ALG_DICT: dict[str, Any] = {"DINM": apply_dinm_to_model, "PKE": apply_pke_to_mod
 def write_back(model: Any, weights: Mapping[str, Tensor]) -> None:
     """Puts whole parameters back, as `keep_original_weight` returned them."""
     for name, weight in weights.items():
-        model.get_parameter(name).copy_(weight)
+        live_weight(model, name).copy_(weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,16 +181,16 @@ def _edit(
         raise InputError("no requests", expected="at least one request", got="none")
     layers = _layers(kwargs.get("layer"), hparams)
     with workbench(model, tok, PKEConfig() if parity else config_of(hparams, method, len(wanted), layers)) as bench:
-        names = dict(model.named_parameters())
         if parity:
             layers = layers or toxic_layers(bench.structure, tok, requests[:1])
             edited, _ = published_edit(bench.structure, tok, requests, hparams, layers)
-            return [_Change(name, names[name], part.axis, part.neurons, part.exact) for name, part in edited]
+            return [_Change(n, live_weight(model, n), part.axis, part.neurons, part.exact) for n, part in edited]
         if missing := [layer for layer in layers if layer >= len(bench.structure.layers)]:
             expected = f"0 to {len(bench.structure.layers) - 1}"
             raise InputError("a layer isn't in the model", expected=expected, got=", ".join(map(str, missing)))
         parts = _fixed(bench, wanted, hparams, layers)
-        return [_Change(part.weight, names[part.weight], part.axis, part.index, part.old) for part in parts]
+        live = {part.weight: live_weight(model, part.weight) for part in parts}
+        return [_Change(part.weight, live[part.weight], part.axis, part.index, part.old) for part in parts]
 
 
 def _fixed(bench: Workbench, requests: Sequence[EditRequest], hparams: Any, layers: Sequence[int]) -> Any:

@@ -17,6 +17,7 @@ from pke_fast.editing import GENTLER
 from pke_fast.errors import EditError, InputError
 from pke_fast.frontends.drifted_rows import PKEConfig, layer_of
 from pke_fast.frontends.row_losses import IGNORED, Replayed, Whole, answer_nll, losses_of
+from pke_fast.placement import is_spread
 from pke_fast.structure import hooks
 from pke_fast.workbench import laid_out
 
@@ -120,6 +121,12 @@ class PKEGradientEditor:
             raise InputError("no tokenizer", expected="tokenizer=..., which the texts are encoded by")
         config = self.config
         _check(config)
+        if is_spread(self.model):
+            raise InputError(
+                "rows of a spread model can't be edited",
+                expected="a model on one device",
+                do="load it without device_map, or use pke_fast.edit, which takes it",
+            )
         with laid_out(self.model):
             rows = self._located()
             if not rows:
