@@ -107,6 +107,14 @@ class Selected:
         self.step = int(state["step"])
         torch.ops.pke_fast.write_columns(self.weight, self.axis, self.neurons, state["values"].to(self.weight.device))
 
+    def put(self, nth: int, values: Tensor) -> None:
+        """Gives one of the rows or columns other values [width], from which the steps go on."""
+        row = slice(nth, nth + 1)
+        self.master[row] = values.to(self.master)
+        torch.ops.pke_fast.write_columns(
+            self.weight, self.axis, self.neurons[row], self.master[row].to(self.weight.device)
+        )
+
     def restore(self) -> None:
         """Puts the old values back, bit for bit."""
         torch.ops.pke_fast.write_columns(self.weight, self.axis, self.neurons, self.exact)

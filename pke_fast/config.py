@@ -42,10 +42,13 @@ class PKEConfig:
         score_loss: the loss whose gradient scores: of the safe answer, of the unsafe one, or their difference.
         score_requests, score_pairs: most requests (companions counted) and most locality pairs that score; the edit
             sees all of them.
-        companions: where no locality pairs are given, shipped harmful requests of many kinds and forms join the given
-            ones, since the shipped benign prompts have many too, and harm should be all that tells the sides apart.
+        companions: where no locality pairs are given, so many shipped harmful requests of many kinds and forms join the
+            given ones, since the shipped benign prompts have many too, and harm should be all that tells the sides apart.
+        shipped_pairs: most shipped benign prompts, where no locality pairs are given.
         framed: share of the prompts that companions and shipped benign prompts also bring within a frame (a role, a
             story, rules for the answer).
+        detectors: begin with a closed-form step: in a few layers one hot spot becomes a probe of what is to be refused
+            (`detectors`). Needs gate, up and down among the projections; no effect under `norm_constraint`.
         num_steps: most optimiser steps.
         batch_size: requests in a step.
         locality_batch_size: locality pairs in a step.
@@ -81,8 +84,10 @@ class PKEConfig:
     score_loss: ScoreLoss = "safe"
     score_requests: int = 256
     score_pairs: int = 128
-    companions: bool = True
-    framed: float = 0.15
+    companions: int = 256
+    shipped_pairs: int = 640
+    framed: float = 0.1
+    detectors: bool = True
     num_steps: int = 60
     batch_size: int = 8
     locality_batch_size: int = 32
@@ -114,6 +119,7 @@ class PKEConfig:
             "locality_batch_size",
             "score_requests",
             "score_pairs",
+            "shipped_pairs",
             "max_length",
             "unsafe_tokens",
             "locality_tokens",
@@ -122,6 +128,7 @@ class PKEConfig:
         tokens = self.micro_batch_tokens
         _require(tokens is None or tokens >= 1, "micro_batch_tokens", tokens, "at least 1, or null")
         _require(self.num_steps >= 0, "num_steps", self.num_steps, "0 or more")
+        _require(self.companions >= 0, "companions", self.companions, "0 or more")
         for name in ("weight_decay", "lr_end", "w_edit", "w_kl", "stop_loss", "stop_kl", "first_token_weight"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value >= 0, name, value, "a finite number of 0 or more")

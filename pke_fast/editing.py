@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from pke_fast.batches import pack
+from pke_fast.batches import Batch, pack
 from pke_fast.columns import Columns, columns_of, gradients_into, put_back_on_failure
 from pke_fast.config import PKEConfig
+from pke_fast.detectors import Detectors
 from pke_fast.encoding import Encoded
 from pke_fast.errors import EditError
 from pke_fast.layer_patch import LayerPatch
@@ -30,6 +32,7 @@ T = TypeVar("T")
 LR_OF_RMS = 0.01  # of the old values' rms, projection by projection; tuned on SmolLM2-135M
 GENTLER = "lower lr (--set lr=...), or load the model in fp32 or bf16"
 STEPS = "Editing the hot spots"  # the stage that advances by steps
+BEGIN_MINIBATCHES = 4  # of each side, that detectors are aimed and weighed by
 STOP_WINDOW = 4  # steps in the running means that stop an edit
 
 
@@ -77,12 +80,14 @@ class _Minibatch:
     """A fixed set of sequences on their tapes.
 
     Attributes:
+        number: which of its side it is, from 0.
         sequences: this rank's share of them.
         size: how many there are on all ranks.
         tapes: their micro-batches.
         base: for locality pairs, the unedited model's head input at each sequence's supervised positions, [n, d] each.
     """
 
+    number: int
     sequences: list[Encoded]
     size: int
     tapes: list[Tape]
@@ -102,6 +107,7 @@ class Trainer:
         locality: benign prompts with the answers that must not move; may be empty.
         pace: how many tokens at once, and how many layers keep their graph in a step.
         ranks: each takes its share of every minibatch; the losses and the columns' gradients are added up.
+        detectors: see the MLPs' inputs of the unedited model on all sequences, while the losses before are measured.
     """
 
     def __init__(
@@ -116,8 +122,10 @@ class Trainer:
         *,
         pace: Pace | None = None,
         ranks: Ranks = ALONE,
+        detectors: Detectors | None = None,
     ) -> None:
         self.structure, self.columns, self.config, self.ranks = structure, columns, config, ranks
+        self._watching = detectors.watching if detectors else None
         self.pace = pace or Pace.unplanned(config)
         self._first = min(column.layer for column in columns)
         self._most_lr = [LR_OF_RMS * column.rms if config.lr is None else config.lr for column in columns]
@@ -134,7 +142,7 @@ class Trainer:
         order = self._shuffle.sample(range(len(sequences)), len(sequences))
         for start in range(0, len(order), size):
             chosen = [sequences[i] for i in order[start : start + size]]
-            minibatch = _Minibatch(list(self.ranks.mine(chosen)), len(chosen), [], [])
+            minibatch = _Minibatch(len(to), list(self.ranks.mine(chosen)), len(chosen), [], [])
             self._slower_if_it_must(partial(self._record, minibatch, base), "running the layers below")
             to.append(minibatch)
             advance(len(chosen))
@@ -148,7 +156,9 @@ class Trainer:
             minibatch.tapes.append(tape)
             if base:
                 counts = [minibatch.sequences[row].answer_length for row in batch.rows]
-                found.update(zip(batch.rows, tape.supervised(tape.run()).split(counts), strict=True))
+                with self._watched(tape, True, minibatch):
+                    top = tape.run()
+                found.update(zip(batch.rows, tape.supervised(top).split(counts), strict=True))
         if base:
             minibatch.base = [found[row] for row in range(len(minibatch.sequences))]
 
@@ -187,9 +197,43 @@ class Trainer:
             if scale:
                 total += tape.there_and_back(loss_of, self.pace.editing_kept, scale)
             else:
-                with torch.no_grad():
+                with torch.no_grad(), self._watched(tape, base, minibatch):
                     total += loss_of(tape.supervised(tape.run()))
         return total
+
+    def _watched(self, tape: Tape, base: bool, minibatch: _Minibatch) -> AbstractContextManager[None]:
+        watching = self._watching
+        return watching(tape.batch, base, minibatch.number) if watching else nullcontext()
+
+    def begin(self, detectors: Detectors, advance: Callable[[int], None]) -> float:
+        """Makes the detectors, from what was watched; the gain that they were given."""
+        self._watching = None
+        few = range(min(BEGIN_MINIBATCHES, max(len(self.requests), len(self.locality))))
+
+        def towards(watching: Callable[[Batch], AbstractContextManager[None]]) -> None:
+            with gradients_into(self.columns):
+                for number in few:
+                    minibatch = self._next(self.requests, number)
+                    for tape in minibatch.tapes:
+                        with watching(tape.batch):
+                            self._loss(replace(minibatch, tapes=[tape]), False, 1.0)
+            for column in self.columns:
+                column.forget_gradient()
+
+        def loss() -> float:
+            losses = torch.zeros(2, device=self.structure.head_device)
+            for number in few:
+                losses[0] += self._loss(self._next(self.requests, number), False)
+                if self.locality:
+                    losses[1] += self._loss(self._next(self.locality, number), True)
+            self.ranks.add_up(losses)
+            edit, kl = (losses / len(few)).tolist()
+            return float(self.config.w_edit * edit + self.config.w_kl * kl)
+
+        def work() -> float:
+            return detectors.begin(towards, loss, advance)
+
+        return self._slower_if_it_must(work, "beginning with detectors")
 
     def edit_loss(self, advance: Callable[[int], None] = lambda _n: None) -> float:
         """The mean loss of the safe answers over all requests, with the weights as they are."""
@@ -300,11 +344,27 @@ def edit_columns(
     """
     columns = columns_of(structure, hot_spots, config.edited)
     with put_back_on_failure(columns):
+        kept = snapshot.load()
+        detectors = Detectors(structure, columns, config, ranks) if locality and kept is None else None
         with stage("Running the layers below, once", len(requests) + len(locality)) as advance:
-            trainer = Trainer(structure, columns, requests, locality, config, pad_id, advance, pace=pace, ranks=ranks)
+            trainer = Trainer(
+                structure,
+                columns,
+                requests,
+                locality,
+                config,
+                pad_id,
+                advance,
+                pace=pace,
+                ranks=ranks,
+                detectors=detectors,
+            )
         with stage("Measuring the losses before", len(requests)) as advance:
             before = Losses(trainer.edit_loss(advance), 0.0)  # the KL of a model to itself
-        steps = _resumed(columns, trainer, snapshot.load())
+        if detectors:
+            with stage("Beginning with detectors", detectors.stages) as advance:
+                trainer.begin(detectors, advance)
+        steps = _resumed(columns, trainer, kept)
         with stage(STEPS, config.num_steps) as advance:
             if steps:
                 advance(len(steps))

@@ -124,7 +124,8 @@ def _companions(encoder: PromptEncoder, config: PKEConfig, requests: Sequence[Ed
     if not config.companions:
         return []
     asked = {request.prompt for request in requests}
-    beside = [replace(r, target_new=config.refusal) for r in shipped.harmful() if r.prompt not in asked]
+    others = [replace(r, target_new=config.refusal) for r in shipped.harmful() if r.prompt not in asked]
+    beside = shipped.some(others, config.companions)
     plain = [request.prompt for request in (*requests, *beside)]
     framed = [EditRequest(p, config.refusal, FRAMED_ANSWER) for p in shipped.framed(plain, config.framed)]
     return [request for request in (*beside, *framed) if encoder.fits(request.prompt)]
@@ -132,7 +133,7 @@ def _companions(encoder: PromptEncoder, config: PKEConfig, requests: Sequence[Ed
 
 def _shipped_prompts(encoder: PromptEncoder, config: PKEConfig) -> list[str]:
     """The shipped benign prompts; beside companions a share of them within frames too."""
-    prompts = shipped.benign()
+    prompts = shipped.some(shipped.benign(), config.shipped_pairs)
     if config.companions:
         prompts += shipped.framed(prompts, config.framed)
     return [prompt for prompt in prompts if encoder.fits(prompt)]

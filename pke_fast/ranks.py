@@ -48,7 +48,7 @@ class Ranks:
         """All ranks' shares in the order of the items that `mine` was given."""
         if self.size == 1:
             return list(share)
-        shares = self._everyones(list(share))
+        shares = self.everyones(list(share))
         total = sum(len(part) for part in shares)
         return [shares[i % self.size][i // self.size] for i in range(total)]
 
@@ -60,7 +60,7 @@ class Ranks:
         """
         if self.size == 1:
             return
-        values = self._everyones(value)
+        values = self.everyones(value)
         if len(set(values)) > 1:
             odd = next(rank for rank, theirs in enumerate(values) if theirs != values[0])
             raise InputError(
@@ -73,7 +73,7 @@ class Ranks:
     def wait(self) -> None:
         """Returns once all ranks are here."""
         if self.size > 1:
-            self._everyones(None)
+            self.everyones(None)
 
     def in_turn(self, work: Callable[[], T]) -> T:
         """What `work` returns; the first rank has done it before the others begin."""
@@ -81,7 +81,10 @@ class Ranks:
         self.wait()
         return done[0] if done else work()
 
-    def _everyones(self, mine: Any) -> list[Any]:
+    def everyones(self, mine: T) -> list[T]:
+        """What each rank came with, by rank."""
+        if self.size == 1:
+            return [mine]
         values: list[Any] = [None] * self.size
         with _together():
             torch.distributed.all_gather_object(values, mine)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pke_fast.requests import EditRequest, read_prompts, read_requests
+
+T = TypeVar("T")
 
 FOLDER = Path(__file__).parent / "data"
 
@@ -36,10 +38,16 @@ def benign() -> list[str]:
     return [prompt for _, _, prompt in sorted(placed)]
 
 
+def some(items: Sequence[T], most: int) -> list[T]:
+    """So many of the items at most, evenly chosen, in their order."""
+    count = min(len(items), most)
+    return [items[i * len(items) // count] for i in range(count)]
+
+
 def framed(prompts: Sequence[str], share: float) -> list[str]:
     """A share of the prompts, evenly chosen, each within one of the shipped frames, which are taken in turn."""
     frames = [record["text"] for record in _records("frames")]
-    chosen = [prompts[int(i / share)] for i in range(int(len(prompts) * share))] if share else []
+    chosen = some(prompts, int(len(prompts) * share))
     return [frames[i % len(frames)].replace("[PROMPT]", prompt) for i, prompt in enumerate(chosen)]
 
 

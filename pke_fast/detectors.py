@@ -1,0 +1,268 @@
+"""The closed-form beginning of an edit: in a few layers, one hot spot becomes a detector of what is to be refused.
+
+What the model knows of a prompt stands in the residual stream at its last token: a linear probe reads it off in one
+pass, where steps of Adam find it slowly. So a neuron's gate row becomes that probe (its activation is then about 0 for
+benign prompts and at all other tokens), its up row reads a constant off the state, and its column of down points where
+the safe answers' loss falls. The steps that follow begin from there, and change these weights as all others.
+
+    min over w, b:  sum_n s_n log(1 + exp(-y_n (w . x_n / rms + b c . x_n))) + RIDGE |w|^2
+
+x: the MLP's input. y = 1 at the last token of harmful prompts, -1 at that of benign ones and at other tokens of both;
+each of the three has a share s of the whole: 1/2, 1/2 and OTHERS_SHARE. c . x is about 1 at last tokens (ridge
+regression): an MLP without biases has its intercept there.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pke_fast.batches import Batch
+from pke_fast.columns import Columns
+from pke_fast.config import PKEConfig
+from pke_fast.kernels.glu_score import ACTIVATIONS
+from pke_fast.ranks import ALONE, Ranks
+from pke_fast.structure import Structure, hooks
+
+LAYERS = 6  # detectors at most, in the middle of the edited layers: below, less is known; above, less can follow
+OTHERS = 2  # tokens of a sequence besides its prompt's last
+OTHERS_SHARE = 1.0
+RIDGE = 1e-3
+CONSTANT_RIDGE = 1e-3  # of the mean square of the inputs
+GAINS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # mean outputs of the MLP that a detected prompt moves the stream by
+
+Side = dict[tuple[int, int], Tensor]
+"""MLP inputs by minibatch and row: [layers, 1 + OTHERS, d], at the prompt's last token and at others."""
+
+
+@dataclass(eq=False)
+class _Detector:
+    """One layer's: its projections' columns, and which of the hot spots."""
+
+    gate: Columns
+    up: Columns | None
+    down: Columns
+    act: str
+
+
+class Detectors:
+    """Collects MLP inputs while losses are measured, and then makes the detectors.
+
+    Args:
+        columns: what the edit changes; a layer can have a detector if all its projections are among them, and its
+            activation is known.
+    """
+
+    def __init__(
+        self, structure: Structure, columns: Sequence[Columns], config: PKEConfig, ranks: Ranks = ALONE
+    ) -> None:
+        by_layer: dict[int, dict[str, Columns]] = {}
+        for column in columns:
+            by_layer.setdefault(column.layer, {})[column.projection] = column
+        able = {}
+        for layer, parts in by_layer.items():
+            mlp = structure.mlps[layer]
+            if mlp.act is not None and set(parts) == set(mlp.kinds):
+                able[layer] = _Detector(parts["gate"], parts.get("up"), parts["down"], mlp.act)
+        skipped = max(0, len(able) - LAYERS) // 2
+        chosen = sorted(able)[skipped : skipped + LAYERS] if config.detectors and config.norm_constraint is None else []
+        self._seed, self._ranks = config.seed, ranks
+        self._detectors = [able[layer] for layer in chosen]
+        self._sides: tuple[Side, Side] = ({}, {})
+
+    def __bool__(self) -> bool:
+        return bool(self._detectors)
+
+    @property
+    def stages(self) -> int:
+        """How often `begin` advances."""
+        return len(self._detectors) + len(GAINS)
+
+    @contextmanager
+    def watching(self, batch: Batch, benign: bool, minibatch: int) -> Iterator[None]:
+        """While the upper layers run on a micro-batch, keeps what enters the MLPs at a few tokens of every row."""
+        if not self._detectors:
+            yield
+            return
+        width = batch.input_ids.shape[1]
+        lengths = batch.attention_mask.sum(1).tolist()
+        last = batch.positions[batch.nth == 0].tolist()
+        places = [row * self._ranks.size + self._ranks.rank for row in batch.rows]  # the same for any number of ranks
+        spots = []
+        for row, (end, length) in enumerate(zip(last, lengths, strict=True)):
+            others = [row * width + t for t in range(length) if row * width + t != end]
+            draw = random.Random(f"{self._seed} {minibatch} {places[row]}")
+            spots += [end, *(draw.choice(others or [end]) for _ in range(OTHERS))]
+        index, kept = torch.tensor(spots), []
+
+        def keep(_module: Any, args: Any) -> None:
+            flat = args[0].detach().flatten(0, -2)
+            kept.append(flat.index_select(0, index.to(flat.device)).cpu())
+
+        with hooks(*(d.gate.place.module.register_forward_pre_hook(keep) for d in self._detectors)):
+            yield
+        inputs = torch.stack(kept).unflatten(1, (len(last), 1 + OTHERS))
+        for row, place in enumerate(places):
+            self._sides[benign][minibatch, place] = inputs[:, row].clone()
+
+    @torch.no_grad()
+    def begin(
+        self,
+        towards: Callable[[Callable[[Batch], AbstractContextManager[None]]], None],
+        loss: Callable[[], float],
+        advance: Callable[[int], None],
+    ) -> float:
+        """Makes the detectors in the live weights.
+
+        Args:
+            towards: runs some requests there and back, each micro-batch in the context that it is given.
+            loss: the edit's whole loss on a few minibatches, with the weights as they are.
+
+        Returns:
+            the gain that was chosen; at 0 the weights are as they were.
+        """
+        harmful, benign = (_merged(side, self._ranks) for side in self._sides)
+        pull = _Pull([d.down for d in self._detectors])
+        towards(pull.watching)
+        self._ranks.add_up(pull.sums, pull.sizes, pull.count)
+        made = []
+        for nth, detector in enumerate(self._detectors):
+            bad, good = harmful[:, nth].float(), benign[:, nth].float()
+            made.append(_fitted(detector, bad, good, pull.direction(nth), pull.size(nth)))
+            advance(1)
+        tried = []
+        for gain in GAINS:
+            for detector, (row, gate, up, down) in zip(self._detectors, made, strict=True):
+                if gain:
+                    detector.gate.put(row, gate)
+                    if detector.up is not None:
+                        detector.up.put(row, up)
+                    detector.down.put(row, gain * down)
+            tried.append((loss(), gain))
+            advance(1)
+        best = min(tried)[1]
+        for detector, (row, *_, down) in zip(self._detectors, made, strict=True):
+            if best:
+                detector.down.put(row, best * down)
+            else:
+                for column in (detector.gate, detector.up, detector.down):
+                    if column is not None:
+                        column.put(row, column.old[row])
+        return best
+
+
+def _merged(side: Side, ranks: Ranks) -> Tensor:
+    """All ranks' sequences in one order that doesn't depend on how they were packed: [N, layers, 1 + OTHERS, d]."""
+    merged = {key: value for part in ranks.everyones(side) for key, value in part.items()}
+    return torch.stack([merged[key] for key in sorted(merged)])
+
+
+class _Pull:
+    """Where the safe answers' loss falls at the last token of the prompts: sums of -dL/d(MLP's output), by layer."""
+
+    def __init__(self, downs: Sequence[Columns]) -> None:
+        self._downs = downs
+        width = downs[0].old.shape[1]
+        self.sums = torch.zeros(len(downs), width, device=downs[0].computed)
+        self.sizes = torch.zeros(len(downs), device=downs[0].computed)
+        self.count = torch.zeros((), device=downs[0].computed)
+
+    def watching(self, batch: Batch) -> Any:
+        last = batch.positions[batch.nth == 0]
+        self.count += len(last)
+
+        def tap(nth: int) -> Any:
+            def hook(_module: Any, _args: Any, out: Tensor) -> None:
+                if not (torch.is_grad_enabled() and out.requires_grad):
+                    return
+                rows = out.detach().flatten(0, -2).index_select(0, last.to(out.device))
+                self.sizes[nth] += rows.float().norm(dim=1).sum().to(self.sizes.device)
+
+                def keep(grad: Tensor) -> None:
+                    rows = grad.flatten(0, -2).index_select(0, last.to(grad.device))
+                    self.sums[nth] -= rows.float().sum(0).to(self.sums.device)
+
+                out.register_hook(keep)
+
+            return hook
+
+        return hooks(*(d.place.module.register_forward_hook(tap(nth)) for nth, d in enumerate(self._downs)))
+
+    def direction(self, nth: int) -> Tensor:
+        """A unit vector, fp32 [d] on the CPU."""
+        return F.normalize(self.sums[nth].cpu(), dim=0)
+
+    def size(self, nth: int) -> float:
+        """Mean norm of the MLP's output at the prompts' last tokens."""
+        return float(self.sizes[nth] / self.count.clamp(min=1))
+
+
+def _fitted(
+    detector: _Detector, harmful: Tensor, benign: Tensor, direction: Tensor, size: float
+) -> tuple[int, Tensor, Tensor, Tensor]:
+    """Which of the hot spots, and its rows of gate and up and its column of down for a gain of 1.
+
+    Args:
+        harmful, benign: the MLP's inputs, fp32 [N, 1 + OTHERS, d].
+    """
+    last = torch.cat([harmful[:, 0], benign[:, 0]])
+    constant = _constant(last)
+    probe = fit_probe(harmful[:, 0], benign[:, 0], torch.cat([harmful[:, 1:], benign[:, 1:]]).flatten(0, 1), constant)
+    act = ACTIVATIONS[detector.act]
+
+    def active(x: Tensor, gate: Tensor, up: Tensor | None) -> Tensor:
+        h = act(x @ gate.T)
+        return h if up is None else h * (x @ up.T)
+
+    gates, downs = detector.gate.old.cpu(), detector.down.old.cpu()
+    ups = None if detector.up is None else detector.up.old.cpu()
+    said = active(benign.flatten(0, 1), gates, ups).abs().mean(0) * downs.norm(dim=1)
+    row = int(said.argmin())  # what it says today on benign text is lost: the least of it
+    up = None if ups is None else constant[None]
+    mean = float(active(harmful[:, 0], probe[None], up).clamp(min=0).mean())
+    return row, probe, constant, direction * size / max(mean, 1e-6)
+
+
+def _constant(x: Tensor) -> Tensor:
+    """c with c . x about 1 for the rows of x: ridge regression, fp32 [d]."""
+    gram = (x.T @ x).double()
+    gram += CONSTANT_RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    return torch.linalg.solve(gram, x.sum(0).double()).float()
+
+
+@torch.enable_grad()
+def fit_probe(harmful: Tensor, benign: Tensor, others: Tensor, constant: Tensor) -> Tensor:
+    """The row g for which g . x is the probe's logit, as the module's docstring has it.
+
+    Args:
+        harmful, benign, others: fp32 [N, d] each.
+        constant: fp32 [d].
+    """
+    x = torch.cat([harmful, benign, others]).double()  # so that it ends at the same place whatever the rounding
+    rms = torch.cat([harmful, benign]).double().square().mean().sqrt().clamp(min=1e-12)
+    y = (torch.arange(len(x)) < len(harmful)).double()
+    shares = zip((0.5, 0.5, OTHERS_SHARE), (harmful, benign, others), strict=True)
+    weights = torch.cat(
+        [torch.full((len(part),), share / max(1, len(part)), dtype=torch.float64) for share, part in shares]
+    )
+    ones = x @ constant.double()
+    w, b = (torch.zeros(n, dtype=torch.float64, requires_grad=True) for n in (x.shape[1], 1))
+    solver = torch.optim.LBFGS([w, b], max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        logits = x @ (w / rms) + b * ones
+        fit = (weights * F.binary_cross_entropy_with_logits(logits, y, reduction="none")).sum()
+        loss: Tensor = fit + RIDGE * w.square().sum()
+        loss.backward()
+        return loss
+
+    solver.step(closure)
+    return (w / rms + b * constant).detach().float()
