@@ -42,8 +42,8 @@ class PKEConfig:
         score_loss: the loss whose gradient scores: of the safe answer, of the unsafe one, or their difference.
         score_requests, score_pairs: most requests (companions counted) and most locality pairs that score; the edit
             sees all of them.
-        companions: where no locality pairs are given, so many shipped harmful requests of many kinds and forms join the
-            given ones, since the shipped benign prompts have many too, and harm should be all that tells the sides apart.
+        companions: where no locality pairs are given, so many shipped harmful requests join the given ones: the shipped
+            benign prompts have many kinds and forms too, and harm should be all that tells the sides apart.
         shipped_pairs: most shipped benign prompts, where no locality pairs are given.
         framed: share of the prompts that companions and shipped benign prompts also bring within a frame (a role, a
             story, rules for the answer).
