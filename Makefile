@@ -30,7 +30,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 NATIVE := $(wildcard csrc/*)
 
-.PHONY: help demo test check lint sanitize bench gpu offload wheels clean
+.PHONY: help demo test check lint sanitize bench precision gpu offload wheels clean
 .DEFAULT_GOAL := help
 
 help:
@@ -39,6 +39,7 @@ help:
 	@echo "make check   lint, types, sanitizers and the slow tests"
 	@echo "make lint    ruff, mypy and, where it is installed, clang-format"
 	@echo "make bench   benchmarks"
+	@echo "make precision DATA=folder [OUT=folder]  measure how precise edits are, on public files (docs/precision.md)"
 	@echo "make gpu     on a machine with a GPU: build with nvcc, run the GPU tests, then time every op"
 	@echo "make offload on a machine with a GPU: whole jobs on 8B models within 24, 12 and 8 GiB, offloaded"
 	@echo "make wheels  fill the folder $(WHEELS) with all that is installed, for a machine without a network"
@@ -79,6 +80,11 @@ gpu: $(VENV)/.made
 
 offload: $(VENV)/.installed
 	$(BIN)/python benchmarks/offload.py $(BENCH_ARGS)
+
+# Cells that are in OUT already are not made again.
+precision: $(VENV)/.installed
+	@test -n "$(DATA)" || { echo "error: make precision DATA=folder, with the public files of docs/precision.md" >&2; exit 1; }
+	$(BIN)/python benchmarks/precision "$(DATA)" $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 # With the build's own needs. The embedded model asks for packages that are of no use here.
 wheels: $(VENV)/.made

@@ -1,0 +1,57 @@
+"""What is compared: a name, and how its settings differ from the defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pke_fast.config import PKEConfig
+from pke_fast.structure import Structure
+
+ALL = "all"  # as k: every neuron of the window
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to edit.
+
+    Attributes:
+        changes: to the preset of its method.
+        seeds: it is made once with each; the worst one counts.
+        by: who edits: this package, or LoRA by plain torch under the same losses.
+        thorough: every answer is made whole, and ability, perplexity and KL are measured. Else answers end once
+            XSTest's rule has its verdict, and the rest is measured at the point of equal attack success alone.
+    """
+
+    changes: dict[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0,)
+    by: Literal["pke_fast", "lora"] = "pke_fast"
+    thorough: bool = False
+
+    def config(self, structure: Structure, seed: int) -> PKEConfig:
+        """Its settings for a model."""
+        changes = dict(self.changes)
+        config = PKEConfig.preset(changes.pop("method", "pke"))
+        every = changes.get("k") == ALL
+        if every:
+            changes.pop("k")
+        config = config.replace(**changes, seed=seed)
+        first, end = config.layer_window(len(structure.layers))
+        return config.replace(k=(end - first) * structure.neurons, per_layer_cap=None) if every else config
+
+
+DEFAULT = "default"
+
+# The first is what a user gets; the others are the ablation.
+SETTINGS: dict[str, Setting] = {
+    DEFAULT: Setting(seeds=(0, 1, 2), thorough=True),
+    "down only": Setting({"projections": ["down"]}),
+    "random neurons": Setting({"score": "random"}),
+    "all neurons of the window": Setting({"k": ALL}),
+    "LoRA of equal rank": Setting({"lr": 1e-3}, by="lora"),
+    "dinm": Setting({"method": "dinm"}),
+    "dinm-parity": Setting({"method": "dinm-parity"}),
+}
+
+# Short edits, one after another.
+SEQUENTIAL: dict[str, Any] = {"num_steps": 20}
