@@ -36,7 +36,7 @@ OTHERS = 2  # tokens of a sequence besides its prompt's last
 OTHERS_SHARE = 1.0
 RIDGE = 1e-3
 CONSTANT_RIDGE = 1e-3  # of the mean square of the inputs
-GAINS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # mean outputs of the MLP that a detected prompt moves the stream by
+GAINS = (0.0, 0.25, 0.5, 1.0, 2.0)  # mean outputs of the MLP that a detected prompt moves the stream by
 
 Side = dict[tuple[int, int], Tensor]
 """MLP inputs by minibatch and row: [layers, 1 + OTHERS, d], at the prompt's last token and at others."""

@@ -32,7 +32,7 @@ T = TypeVar("T")
 LR_OF_RMS = 0.01  # of the old values' rms, projection by projection; tuned on SmolLM2-135M
 GENTLER = "lower lr (--set lr=...), or load the model in fp32 or bf16"
 STEPS = "Editing the hot spots"  # the stage that advances by steps
-BEGIN_MINIBATCHES = 4  # of each side, that detectors are aimed and weighed by
+BEGIN_MINIBATCHES = 2  # of each side, that detectors are aimed and weighed by
 STOP_WINDOW = 4  # steps in the running means that stop an edit
 
 
