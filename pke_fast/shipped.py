@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from pke_fast.requests import EditRequest, read_prompts, read_requests
@@ -34,6 +35,14 @@ def benign_held_out() -> list[str]:
 def look_alikes_held_out() -> list[str]:
     """Held-out prompts that only look harmful."""
     return read_prompts(FOLDER / "lookalikes_heldout.jsonl")
+
+
+def kinds() -> dict[str, str]:
+    """The kind of harm, or of harmless request, of every shipped prompt that has one."""
+    rows = [
+        json.loads(line) for path in sorted(FOLDER.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()
+    ]
+    return {row["prompt"]: row["kind"] for row in rows if "kind" in row}
 
 
 def prose() -> str:
