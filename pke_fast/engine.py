@@ -18,6 +18,7 @@ from pke_fast.config import PKEConfig
 from pke_fast.editing import Outcome
 from pke_fast.evaluation import Evaluation, evaluate_model
 from pke_fast.files import atomic_folder
+from pke_fast.foretelling import foretell
 from pke_fast.hotspots import HotSpots
 from pke_fast.locating import Located, check_fits, locate_hot_spots
 from pke_fast.patch import Patch
@@ -97,6 +98,7 @@ class LocateResult:
         stages: seconds and peak memory.
         plan: how it was run, with the memory foretold and measured.
         resume: the state that was kept meanwhile; it ends with `write`.
+        probe: how precise an edit can be, by what the model knows of these prompts (`foretelling.foretell`).
     """
 
     located: Located
@@ -107,6 +109,7 @@ class LocateResult:
     stages: Stages
     plan: dict[str, Any]
     resume: Resume = field(default_factory=Resume, repr=False)
+    probe: dict[str, Any] | None = None
 
     @property
     def hot_spots(self) -> HotSpots:
@@ -119,7 +122,7 @@ class LocateResult:
     def write(self, folder: str | Path, *, force: bool = False) -> dict[str, str]:
         """Writes scores.safetensors, hotspots.json and heatmap.png; the folder appears whole or not at all."""
         with atomic_folder(Path(folder), force=force) as new:
-            files = self.located.write(new, self.window)
+            files = self.located.write(new, self.window, self.probe)
         self.resume.finish()
         return files
 
@@ -241,7 +244,7 @@ def locate(
     resume: str | Path | None = None,
     ranks: Ranks = ALONE,
 ) -> LocateResult:
-    """Scores every neuron of every layer and selects the hot spots; the model is left as it is.
+    """Scores every neuron of every layer, selects the hot spots, and asks what the model knows; it is left as it is.
 
     Args:
         compare: another checkpoint of the same shape: each neuron's drift from `model` to it then takes the place of
@@ -258,10 +261,13 @@ def locate(
         plan, bench = _planned(bench, requests, locality, memory_budget, offload_folder, resume, edits=False)
         job = prepare(bench, requests, locality)
         located = locate_hot_spots(bench, job, drift=moved)
+        known = foretell(bench, job) if bench.ranks.first else None
         window = config.layer_window(len(bench.structure.layers))
         bench.ranks.wait()  # the first rank's write removes what the others may still read
         counts = len(job.requests), job.already_refused, len(job.locality)
-        return LocateResult(located, window, *counts, bench.stages, summary.plan_facts(plan, bench), bench.resume)
+        return LocateResult(
+            located, window, *counts, bench.stages, summary.plan_facts(plan, bench), bench.resume, known
+        )
 
 
 def _planned(

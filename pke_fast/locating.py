@@ -59,8 +59,12 @@ class Located:
         rows.sort(key=lambda row: (-float(self.score_map[row]), row))
         return [self.neuron(*row) for row in rows[:limit]]
 
-    def write(self, folder: Path, window: tuple[int, int]) -> dict[str, str]:
-        """Writes scores.safetensors, hotspots.json and heatmap.png into an existing folder; says what each is."""
+    def write(self, folder: Path, window: tuple[int, int], probe: dict[str, Any] | None = None) -> dict[str, str]:
+        """Writes scores.safetensors, hotspots.json and heatmap.png into an existing folder; says what each is.
+
+        Args:
+            probe: how precise an edit can be; an entry of hotspots.json.
+        """
         from safetensors.torch import save_file
 
         from pke_fast.heatmap import heatmap_png
@@ -76,7 +80,8 @@ class Located:
         if self.layer_path is not None:
             tensors["layer_path"] = self.layer_path
         by_layer = {layer: neurons.tolist() for layer, neurons in self.hot_spots.by_layer().items()}
-        listing = {"k": len(self.hot_spots), "window": list(window), "by_layer": by_layer, "neurons": self.top()}
+        listing = {"k": len(self.hot_spots), "window": list(window), "by_layer": by_layer, "probe": probe}
+        listing["neurons"] = self.top()
         with atomic_write(folder / "scores.safetensors") as path:
             save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)  # the drift is there twice
         with atomic_write(folder / "hotspots.json") as path:

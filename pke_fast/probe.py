@@ -20,6 +20,7 @@ from pke_fast.errors import InputError
 from pke_fast.roc import Roc, roc
 from pke_fast.structure import Structure, first_tensor, hooks
 from pke_fast.tape import passed_over
+from pke_fast.workbench import Workbench
 
 INVERSE_PENALTY = 0.01  # sklearn's C, on standardised states; the best of 1e-4 to 1 on SmolLM2-135M
 TOKENS = 4096  # of a batch, padding counted
@@ -146,13 +147,22 @@ def last_states(
     return found
 
 
+def states_of(
+    bench: Workbench, prompts: Sequence[str], layers: Sequence[int], advance: Callable[[int], None] = lambda _n: None
+) -> dict[int, Tensor]:
+    """`last_states` of prompts as they are asked, at the bench's pace."""
+    ids = [bench.encoder.prompt_ids(prompt) for prompt in prompts]
+    tokens = bench.pace.tokens
+    return last_states(bench.structure, ids, layers, pad_id=bench.pad_id, tokens=tokens, advance=advance)
+
+
 @dataclass(frozen=True, eq=False)
 class Probe:
     """A probe that was fitted.
 
     Attributes:
         layer: the decoder layer whose output it reads.
-        linear: its weights; a prompt that scores above 0 is called harmful.
+        linear: its weights; a prompt that scores above 0 is called harmful, harmful and harmless counting alike.
         cross_validated: of the training prompts, each scored by a probe that didn't see its group.
         auc_by_layer: the cross-validated area of every layer that was tried.
     """
@@ -162,9 +172,9 @@ class Probe:
     cross_validated: Roc
     auc_by_layer: dict[int, float]
 
-    def scores(self, states: dict[int, Tensor]) -> Tensor:
-        """fp64 [n] of prompts whose `last_states` these are."""
-        return self.linear.scores(states[self.layer])
+    def scores(self, bench: Workbench, prompts: Sequence[str]) -> Tensor:
+        """fp64 [n], the log odds of each prompt's being harmful."""
+        return self.linear.scores(states_of(bench, prompts, [self.layer])[self.layer])
 
 
 def candidates(depth: int) -> list[int]:
@@ -210,8 +220,13 @@ def fit(
 
 
 def folds_of(groups: Sequence[str | None], count: int, seed: int) -> list[int]:
-    """The fold of each prompt, from 0 to `count` - 1: a kind is in one fold as a whole, the fold with the fewest so
-    far; what has no kind is dealt out at random."""
+    """The fold of each prompt, from 0 to `count` - 1.
+
+    A kind is in one fold as a whole, the one with the fewest so far, the largest kind first; then what has no kind is
+    dealt out at random. Where all are of one kind it can't be held out: it counts as none.
+    """
+    if len(set(groups)) == 1:
+        groups = [None] * len(groups)
     sizes, found = [0] * count, [0] * len(groups)
     kinds = {kind: [i for i, g in enumerate(groups) if g == kind] for kind in groups if kind is not None}
     for _, members in sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0])):
@@ -235,9 +250,9 @@ def _cross_validated(harmful: Tensor, harmless: Tensor, folds: Sequence[Sequence
     places = [torch.tensor(list(fold)) for fold in folds]
     for fold in range(FOLDS):
         inside = [place == fold for place in places]
+        if not any(bool(mask.any()) for mask in inside):
+            continue  # fewer prompts or kinds than folds
         rest = [side[~mask] for side, mask in zip(sides, inside, strict=True)]
-        if not any(bool(mask.any()) for mask in inside) or not all(len(part) for part in rest):
-            continue
         linear = fit_linear(rest[0], rest[1], inverse_penalty)
         for scores, side, mask in zip(scored, sides, inside, strict=True):
             scores[mask] = linear.scores(side[mask])

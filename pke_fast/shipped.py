@@ -61,6 +61,13 @@ def look_alikes_held_out() -> list[str]:
     return read_prompts(FOLDER / "lookalikes_heldout.jsonl")
 
 
+def kinds() -> dict[str, str]:
+    """The kind of harm, or of harmless request, of every shipped prompt; twins share theirs."""
+    names = [path.stem for path in FOLDER.glob("*.jsonl") if path.stem not in ("pairs", "frames")]
+    found = {record["prompt"]: record["kind"] for name in sorted(names) for record in _records(name)}
+    return found | {pair[side]: pair["kind"] for pair in _records("pairs") for side in ("harmful", "harmless")}
+
+
 def prose() -> str:
     """Plain prose on many subjects, for the perplexity."""
     return (FOLDER / "prose.txt").read_text(encoding="utf-8")

@@ -131,7 +131,7 @@ def read_sets(folder: Path, encoder: PromptEncoder, sizes: Sizes | None = None) 
         {name: read_questions(folder / f"{name}.jsonl") for name in ("openbook_qa", "winogrande")},
         (folder / "wikitext2_valid.txt").read_text(encoding="utf-8"),
         sizes,
-        notes | {"requests": len(requests), "standard": len(standard)},
+        notes,
     )
 
 

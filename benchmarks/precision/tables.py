@@ -280,9 +280,7 @@ def notes(found: Found, sets: Sets) -> str:
     seconds = sum(value["cell"]["seconds"] for value in found.values())
     counts = ", ".join(f"{name} {len(prompts)}" for name, prompts in sets.all.items())
     fit, templates = sets.notes["templates that fit"], sets.notes["templates"]
-    text = (
-        f"{sets.notes['requests']} requests were edited on. Prompts: {counts}. {fit} of {templates} templates fit the"
-    )
+    text = f"{len(sets.requests)} requests were edited on. Prompts: {counts}. {fit} of {templates} templates fit the"
     text += (
         f" model's context. Refusals are by the judge {JUDGE} where none is named, and have Wilson's 95 % intervals."
     )

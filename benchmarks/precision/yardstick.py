@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pke_fast import probe
+from pke_fast import probe, shipped
 from pke_fast.config import PKEConfig
 from pke_fast.preparation import prepare
 from pke_fast.roc import Roc, Standing, roc, standing
@@ -21,14 +21,12 @@ def yardstick(lab: Lab, config: PKEConfig) -> Value:
     def make() -> Value:
         with lab.bench(config) as bench:
             job = prepare(bench, lab.sets.requests, None)
-
-            def states(prompts: Sequence[str], chosen: Sequence[int]) -> dict[int, probe.Tensor]:
-                ids = [bench.encoder.prompt_ids(prompt) for prompt in prompts]
-                return probe.last_states(bench.structure, ids, chosen, pad_id=bench.pad_id)
-
-            harmful = states([request.prompt for request in job.requests], layers)
-            found = probe.fit(harmful, states([pair.prompt for pair in job.locality], layers))
-            scores = {name: found.scores(states(prompts, [found.layer])) for name, prompts in lab.sets.all.items()}
+            sides = [request.prompt for request in job.requests], [pair.prompt for pair in job.locality]
+            kinds = shipped.kinds()
+            groups = [[kinds.get(prompt) for prompt in side] for side in sides]
+            bad, good = (probe.states_of(bench, side, layers) for side in sides)
+            found = probe.fit(bad, good, groups=(groups[0], groups[1]))
+            scores = {name: found.scores(bench, prompts) for name, prompts in lab.sets.all.items()}
         return {
             "layer": found.layer,
             "auc_by_layer": {str(layer): auc for layer, auc in found.auc_by_layer.items()},

@@ -17,6 +17,7 @@ from pke_fast.budget import parse_bytes
 from pke_fast.cli.common import console_of, finish, settings_of, tell_another_base
 from pke_fast.config import PKEConfig
 from pke_fast.errors import InputError
+from pke_fast.evaluating.shown import foretold
 from pke_fast.files import check_output_folder
 from pke_fast.loading import LoadedModel, load_model, resolve_device
 from pke_fast.ranks import ALONE, Ranks, joined, local_device, ranks_started
@@ -166,11 +167,12 @@ def locate(options: Namespace) -> None:
     by_layer = {str(layer): len(ids) for layer, ids in result.hot_spots.by_layer().items()}
     summary = {"hot_spots": {"k": len(result.hot_spots), "window": list(result.window), "by_layer": by_layer}}
     terminal.hot_spots(console, {**summary, "model": {"neurons_per_layer": result.score_map.shape[1]}})
+    foretold(console, result.probe)
     terminal.stages(console, [vars(stage) for stage in result.stages.done])
     terminal.plan(console, result.plan)
     terminal.files(console, Path(options.out), files)
     counts = {"requests": result.requests, "already_refused": result.already_refused, "locality": result.locality}
-    finish(options, {**summary, **counts, "plan": result.plan, "files": files})
+    finish(options, {**summary, **counts, "probe": result.probe, "plan": result.plan, "files": files})
 
 
 def chat(options: Namespace) -> None:

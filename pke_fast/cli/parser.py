@@ -143,7 +143,8 @@ def build_parser() -> argparse.ArgumentParser:
     _redact(edit)
     _json(edit)
 
-    locate = add("locate", "score every neuron and select the hot spots, without editing", _model, _requests, _settings)
+    text = "score every neuron, select the hot spots and tell how precise an edit can be, without editing"
+    locate = add("locate", text, _model, _requests, _settings)
     _spread(locate)
     _offloaded(locate)
     _resumable(locate)

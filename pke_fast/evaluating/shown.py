@@ -44,6 +44,18 @@ def further(console: Console, figures: Mapping[str, Any]) -> None:
     terminal._show(console, table)
 
 
+def foretold(console: Console, found: Mapping[str, Any] | None) -> None:
+    """How precise an edit can be (`pke_fast.foretelling.foretell`)."""
+    terminal._heading(console, "How precise an edit can be on these requests")
+    if found is None:
+        terminal._print(console, "Too few harmful or harmless prompts to tell.", indent=2, style="dim")
+        return
+    shares = ", ".join(f"{percent(row['share'])} at {100 * row['false_alarms']:g} %" for row in found["flagged"])
+    text = f"A linear probe of layer {found['layer']} finds, of {found['harmful']:,} harmful requests, {shares} false"
+    text += f" alarms among {found['harmless']:,} harmless prompts (AUC {found['auc']:.3f}, cross-validated)."
+    terminal._print(console, text, indent=2)
+
+
 def agreement(console: Console, found: Mapping[str, Any]) -> None:
     """How well judges agree with people (`pke_fast.evaluating.agreement.agreement`)."""
     terminal._heading(
