@@ -108,7 +108,7 @@ def update(
     advance: Callable[[int], None] = _nothing,
     **settings: Any,
 ) -> Patch:
-    """Edits the hot spots' output weights in place until the answers of `batches` are likely.
+    """Edits the hot spots' weights in place until the answers of `batches` are likely.
 
     Args:
         model: as for `trace`; edited.

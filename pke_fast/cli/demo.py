@@ -18,6 +18,7 @@ from pke_fast.report import as_json
 from pke_fast.stages import Stages
 
 ANSWER_TOKENS = 32
+REQUESTS = 96  # shipped harmful requests to edit on; of the others, companions join them
 SHOWN = 3  # prompts of each kind, shown with both answers
 
 
@@ -50,7 +51,7 @@ def run(options: Namespace) -> None:
     result = engine.edit(
         loaded.model,
         loaded.tokenizer,
-        shipped.harmful()[limit],
+        shipped.harmful()[:REQUESTS][limit],
         config,
         stages=stages,
         name=loaded.name,

@@ -34,7 +34,7 @@ def apply_pke_to_model(
     keep_original_weight: bool = False,
     **kwargs: Any,
 ) -> tuple[Any, dict[str, Tensor]]:
-    """Precision Knowledge Editing under EasyEdit's calling convention: hot spots' output weights, all requests at once.
+    """Precision Knowledge Editing under EasyEdit's calling convention: hot spots' weights, all requests at once.
 
     Args:
         model: a causal language model of transformers, edited in place where it is.
