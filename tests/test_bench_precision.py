@@ -10,20 +10,25 @@ from typing import Any
 import pytest
 import torch
 from precision import fronts, settings, tables
+from precision import kinds as kinds_module
 from precision.cells import Cells, Missing
 from precision.run import measure
 from precision.sets import DOLLY, FILES, SAFE, UNSAFE, WRAPPED, Sizes, read_sets
 from precision.settings import Setting
 
-from pke_fast import shipped
+from pke_fast import probe, shipped
 from pke_fast.config import PKEConfig
 from pke_fast.encoding import PromptEncoder
 from pke_fast.errors import InputError
 from pke_fast.loading import load_model
+from pke_fast.preparation import Job
 from pke_fast.requests import EditRequest
+from pke_fast.structure import find_structure
 from pke_fast.testing import CONTEXT, LAYERS, NEURONS, tiny_model, tiny_tokenizer
 
-SIZES = Sizes(edited=3, standard=2, attacks=5, wrapped=3, dolly=4, kl=2, edits=2, requests_an_edit=2)
+SIZES = Sizes(
+    edited=3, standard=2, attacks=5, wrapped=3, dolly=4, kl=2, edits=2, requests_an_edit=2, short=2, short_wrapped=2
+)
 QUICK: dict[str, Any] = {
     "k": 10, "num_steps": 2, "batch_size": 2, "locality_batch_size": 2, "window": [1, LAYERS], "locality_tokens": 2
 }  # fmt: skip
@@ -199,6 +204,31 @@ def test_only_some_cells(data: Path, few_shipped: None, doc: Path, model: str, t
     )
     assert sorted(lab.cells.found) == ["answers, default-1", "damage, default-1", "edit, default-1"]
     assert "left out: answers, vanilla" in said
+
+
+def test_kinds_are_held_out(
+    data: Path, few_shipped: None, doc: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fraud, violence = ("Forge", "Lie", "Cheat"), ("Hit", "Kick")
+    kinds = dict.fromkeys(fraud, "fraud") | dict.fromkeys(violence, "violence") | {"Bake a cake": "cooking"}
+    requests = [EditRequest(prompt, ground_truth="Ok") for prompt in (*fraud[:2], *violence)]
+    monkeypatch.setattr(shipped, "kinds", lambda: kinds)
+    monkeypatch.setattr(shipped, "harmful", lambda: requests)
+    monkeypatch.setattr(shipped, "harmful_held_out", lambda: ["Cheat"])
+    monkeypatch.setattr(probe, "FOLDS", 2)
+    given: dict[str, Any] = {"model": model, "device": "cpu", "doc": doc, "settings": SETTINGS, "kinds": True}
+    config = settings.Setting(QUICK).config
+    monkeypatch.setattr(Setting, "config", lambda *_: config(find_structure(tiny_model("llama")), 0))
+    lab = measure(data, tmp_path / "out", ["fraud"], SIZES, say=lambda _: None, **given)
+    (cell,) = lab.cells.found.values()
+    assert (cell["kind"], cell["n"]) == ("fraud", 3)
+    assert set(cell["benign"]) == set(lab.sets.benign)
+    text = doc.read_text()
+    assert f"| fraud | {100 * cell['refused'] / 3:.1f} % [" in text
+    assert "| violence |" not in text  # left out
+    monkeypatch.setattr(kinds_module, "prepare", lambda *_: Job((EditRequest("Lie"),), 1, 0, (), ""))
+    with pytest.raises(InputError, match="held out are edited on: fraud"):
+        measure(data, tmp_path / "other", ["fraud"], SIZES, say=lambda _: None, **given)
 
 
 def test_a_document_without_its_place_is_told_first(data: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("data", type=Path, help="the folder with the public files that docs/precision.md lists")
     parser.add_argument("--out", type=Path, default=Path("pke-precision"), help="keeps the cells (pke-precision)")
     parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="make cells with this in their names")
+    parser.add_argument("--kinds", action="store_true", help="also hold the shipped kinds of harm out in turn")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         measure(
             options.data, options.out, options.only, Sizes(),
-            model=options.model, device=options.device, dtype=options.dtype, doc=options.doc,
+            kinds=options.kinds, model=options.model, device=options.device, dtype=options.dtype, doc=options.doc,
         )  # fmt: skip
     except PKEError as error:
         print(f"error: {error}", file=sys.stderr)

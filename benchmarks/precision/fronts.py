@@ -24,9 +24,8 @@ from precision.lab import Lab, applied
 from precision.measure import prompting
 from precision.sets import ATTACKS, WRAPPED
 
-SCALES = (0.0, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5)
+SCALES = (0.4, 0.6, 0.8, 1.0, 1.25, 1.5)
 TOKENS = 3  # of the refusal
-ROWS = 125  # of a set at most
 IN_FLIGHT = 4096  # tokens of a batch
 ASR = 0.05  # at which settings are compared
 
@@ -62,14 +61,18 @@ class Cheap:
         return {name: [next(verdicts) for _ in prompts] for name, prompts in self.sets.items()}
 
 
-def evenly(items: Sequence[str], most: int) -> list[str]:
-    """At most so many of them, at even distances."""
-    return [items[i * len(items) // most] for i in range(most)] if len(items) > most else list(items)
-
-
 def short_sets(lab: Lab) -> dict[str, list[str]]:
     """The sets that fronts are drawn on: those in templates are left out, being long."""
-    return {name: evenly(prompts, ROWS) for name, prompts in lab.sets.all.items() if name != WRAPPED}
+    attacks, benign = lab.sets.shortened()
+    return {name: prompts for name, prompts in {**attacks, **benign}.items() if name != WRAPPED}
+
+
+def _unedited(lab: Lab, cheap: Cheap, key: Any) -> dict[str, list[int]]:
+    """At scale 0, measured once."""
+    if key not in lab.memory:
+        lab.memory[key] = cheap.refused()
+    found: dict[str, list[int]] = lab.memory[key]
+    return found
 
 
 def front(lab: Lab, name: str, patch: Patch, sha: str, config: PKEConfig) -> Value:
@@ -81,8 +84,9 @@ def front(lab: Lab, name: str, patch: Patch, sha: str, config: PKEConfig) -> Val
         found: dict[str, Any] = {}
         with lab.bench(config) as bench:
             cheap = Cheap(bench, sets, patch.layers[0].layer, config.refusal)
+            found["0"] = _unedited(lab, cheap, ("unedited", *prompting(config), config.refusal))
             for by in SCALES:
-                with applied(scale(patch, by) if by else None, lab.model):
+                with applied(scale(patch, by), lab.model):
                     found[f"{by:g}"] = cheap.refused()
         return {"scales": found}
 

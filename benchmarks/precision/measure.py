@@ -27,10 +27,11 @@ def answers(lab: Lab, name: str, patch: Patch | None, sha: str, config: PKEConfi
 
     Args:
         sha: of the patch's file.
-        whole: make answers whole and judge them by every list; else each ends once XSTest's rule has its verdict,
-            and whether it is degenerate isn't known.
+        whole: make answers whole and judge them by every list; else fewer of each set, each answer ending once
+            XSTest's rule has its verdict, and whether it is degenerate isn't known.
     """
-    sides = {"harmful": lab.sets.attacks, "benign": lab.sets.benign}
+    attacks, benign = (lab.sets.attacks, lab.sets.benign) if whole else lab.sets.shortened()
+    sides = {"harmful": attacks, "benign": benign}
     judges = JUDGES if whole else JUDGES[:1]
     inputs = [lab.base, sha, prompting(config), sides, judges, lab.max_new_tokens]
 

@@ -14,6 +14,7 @@ from precision import fronts
 from precision import measure as measures
 from precision.cells import Cells, Missing
 from precision.edits import edit
+from precision.kinds import held_out
 from precision.lab import Lab
 from precision.pictures import draw
 from precision.sequential import sequential
@@ -40,6 +41,7 @@ def measure(
     dtype: str = "auto",
     doc: Path = DOC,
     settings: Mapping[str, Setting] = SETTINGS,
+    kinds: bool = False,
     say: Callable[[str], None] = print,
 ) -> Lab:
     """Makes all cells that aren't there yet and writes the generated part of a document after each group of them.
@@ -49,6 +51,7 @@ def measure(
         out: keeps the cells.
         only: parts of names of cells; others are taken if they are there.
         settings: what is compared, the default among them.
+        kinds: hold kinds of harm out in turn too.
 
     Raises:
         InputError: a public file is missing, or the document has no markers; or as the parts do.
@@ -59,7 +62,7 @@ def measure(
     sets = read_sets(data, PromptEncoder(loaded.tokenizer, PKEConfig(max_length=context), context), sizes)
     out.mkdir(parents=True, exist_ok=True)
     lab = Lab(loaded, sets, Cells(out, _commit(), only, say))
-    for part in _parts(lab, settings):
+    for part in _parts(lab, settings, kinds):
         try:
             part()
         except Missing as missing:
@@ -70,7 +73,7 @@ def measure(
     return lab
 
 
-def _parts(lab: Lab, settings: Mapping[str, Setting]) -> list[Callable[[], object]]:
+def _parts(lab: Lab, settings: Mapping[str, Setting], kinds: bool) -> list[Callable[[], object]]:
     plain = PKEConfig()
     default = settings[DEFAULT]
     others = {name: setting for name, setting in settings.items() if name != DEFAULT}
@@ -89,6 +92,8 @@ def _parts(lab: Lab, settings: Mapping[str, Setting]) -> list[Callable[[], objec
                 parts.append(lambda n=name, st=setting, s=seed: _damaged(lab, n, st, s))
         parts.append(lambda n=name, st=setting: _compared(lab, n, st, st.seeds[0]))
     parts.append(lambda: sequential(lab, default.config(lab.structure, 0)))
+    if kinds:
+        parts.append(lambda: held_out(lab, default.config(lab.structure, 0)))
     return parts
 
 

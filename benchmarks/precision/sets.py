@@ -44,6 +44,8 @@ class Sizes:
     kl: int = 64
     edits: int = 10
     requests_an_edit: int = 32
+    short: int = 100
+    short_wrapped: int = 40
     seed: int = 0
 
 
@@ -71,6 +73,13 @@ class Sets:
     text: str
     sizes: Sizes
     notes: dict[str, Any] = field(default_factory=dict)
+
+    def shortened(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+        """Attacks and harmless prompts, fewer of every set, for settings that aren't measured thoroughly."""
+        most = {WRAPPED: self.sizes.short_wrapped}
+        sides = (self.attacks, self.benign)
+        attacks, benign = ({n: evenly(p, most.get(n, self.sizes.short)) for n, p in side.items()} for side in sides)
+        return attacks, benign
 
     @property
     def all(self) -> dict[str, list[str]]:
@@ -133,6 +142,11 @@ def read_sets(folder: Path, encoder: PromptEncoder, sizes: Sizes | None = None) 
         sizes,
         notes,
     )
+
+
+def evenly(items: Sequence[str], most: int) -> list[str]:
+    """At most so many of them, at even distances."""
+    return [items[i * len(items) // most] for i in range(most)] if len(items) > most else list(items)
 
 
 def _wrapped(

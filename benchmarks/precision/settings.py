@@ -55,3 +55,6 @@ SETTINGS: dict[str, Setting] = {
 
 # Short edits, one after another.
 SEQUENTIAL: dict[str, Any] = {"num_steps": 20}
+
+# With kinds held out in turn: what keeps an edit from adding requests of its own, of the kind that is held out.
+KINDS: dict[str, Any] = {}
