@@ -5,11 +5,11 @@ pass, where steps of Adam find it slowly. So a neuron's gate row becomes that pr
 benign prompts and at all other tokens), its up row reads a constant off the state, and its column of down points where
 the safe answers' loss falls. The steps that follow begin from there, and change these weights as all others.
 
-    min over w, b:  sum_n s_n log(1 + exp(-y_n (w . x_n / rms + b c . x_n))) + RIDGE |w|^2
+    min over w, b:  sum_n s_n log(1 + exp(-y_n (w . x_n / rms + b c . x_n + gate's bias))) + RIDGE |w|^2
 
 x: the MLP's input. y = 1 at the last token of harmful prompts, -1 at that of benign ones and at other tokens of both;
 each of the three has a share s of the whole: 1/2, 1/2 and OTHERS_SHARE. c . x is about 1 at last tokens (ridge
-regression): an MLP without biases has its intercept there.
+regression): the intercept stands there, since most MLPs have no biases, and those that there are stay as they are.
 """
 
 from __future__ import annotations
@@ -28,15 +28,26 @@ from pke_fast.batches import Batch
 from pke_fast.columns import Columns
 from pke_fast.config import PKEConfig
 from pke_fast.kernels.glu_score import ACTIVATIONS
+from pke_fast.placement import stored_weight
 from pke_fast.ranks import ALONE, Ranks
 from pke_fast.structure import Structure, hooks
 
+LEAST = 16  # sequences on either side: fewer say too little of what tells the sides apart
 LAYERS = 6  # detectors at most, in the middle of the edited layers: below, less is known; above, less can follow
 OTHERS = 2  # tokens of a sequence besides its prompt's last
 OTHERS_SHARE = 1.0
 RIDGE = 1e-3
 CONSTANT_RIDGE = 1e-3  # of the mean square of the inputs
+SOLVER: dict[str, Any] = {
+    "max_iter": 500,
+    "tolerance_grad": 1e-9,
+    "tolerance_change": 1e-14,
+    "line_search_fn": "strong_wolfe",
+}
 GAINS = (0.0, 0.25, 0.5, 1.0, 2.0)  # mean outputs of the MLP that a detected prompt moves the stream by
+
+FIT_BYTES = 16  # of a layer's input while it is fitted: in fp32 once or twice, in fp64
+GRAM_BYTES = 24  # of d^2: the inputs' products and what they are solved with, in fp64
 
 Side = dict[tuple[int, int], Tensor]
 """MLP inputs by minibatch and row: [layers, 1 + OTHERS, d], at the prompt's last token and at others."""
@@ -72,7 +83,7 @@ class Detectors:
             if mlp.act is not None and set(parts) == set(mlp.kinds):
                 able[layer] = _Detector(parts["gate"], parts.get("up"), parts["down"], mlp.act)
         skipped = max(0, len(able) - LAYERS) // 2
-        chosen = sorted(able)[skipped : skipped + LAYERS] if config.detectors and config.norm_constraint is None else []
+        chosen = sorted(able)[skipped : skipped + LAYERS] if _wanted(config) else []
         self._seed, self._ranks = config.seed, ranks
         self._detectors = [able[layer] for layer in chosen]
         self._sides: tuple[Side, Side] = ({}, {})
@@ -115,22 +126,25 @@ class Detectors:
     @torch.no_grad()
     def begin(
         self,
-        towards: Callable[[Callable[[Batch], AbstractContextManager[None]]], None],
+        towards: Callable[[Pull], None],
         loss: Callable[[], float],
         advance: Callable[[int], None],
     ) -> float:
         """Makes the detectors in the live weights.
 
         Args:
-            towards: runs some requests there and back, each micro-batch in the context that it is given.
+            towards: runs some requests there and back, each micro-batch while `Pull.watching` it.
             loss: the edit's whole loss on a few minibatches, with the weights as they are.
 
         Returns:
             the gain that was chosen; at 0 the weights are as they were.
         """
         harmful, benign = (_merged(side, self._ranks) for side in self._sides)
-        pull = _Pull([d.down for d in self._detectors])
-        towards(pull.watching)
+        self._sides = ({}, {})  # not needed any more, and large
+        if min(len(harmful), len(benign)) < LEAST:
+            return 0.0
+        pull = Pull([d.down for d in self._detectors])
+        towards(pull)
         self._ranks.add_up(pull.sums, pull.sizes, pull.count)
         made = []
         for nth, detector in enumerate(self._detectors):
@@ -158,13 +172,32 @@ class Detectors:
         return best
 
 
+def _wanted(config: PKEConfig) -> bool:
+    return config.detectors and config.norm_constraint is None
+
+
+def detectors_bytes(config: PKEConfig, sequences: int, layers: int, hidden_size: int, itemsize: int) -> int:
+    """What `Detectors` take of the host's memory at most, until the steps begin; all projections are edited.
+
+    Args:
+        sequences: requests and locality pairs.
+        layers: in which hot spots are sought.
+        hidden_size, itemsize: of the MLPs' inputs.
+    """
+    if not _wanted(config):
+        return 0
+    values = sequences * (1 + OTHERS) * hidden_size  # of one layer
+    kept = min(LAYERS, layers) * values * itemsize
+    return kept + max(kept, FIT_BYTES * values + GRAM_BYTES * hidden_size**2)  # merged beside what it is merged from
+
+
 def _merged(side: Side, ranks: Ranks) -> Tensor:
     """All ranks' sequences in one order that doesn't depend on how they were packed: [N, layers, 1 + OTHERS, d]."""
     merged = {key: value for part in ranks.everyones(side) for key, value in part.items()}
     return torch.stack([merged[key] for key in sorted(merged)])
 
 
-class _Pull:
+class Pull:
     """Where the safe answers' loss falls at the last token of the prompts: sums of -dL/d(MLP's output), by layer."""
 
     def __init__(self, downs: Sequence[Columns]) -> None:
@@ -174,7 +207,13 @@ class _Pull:
         self.sizes = torch.zeros(len(downs), device=downs[0].computed)
         self.count = torch.zeros((), device=downs[0].computed)
 
-    def watching(self, batch: Batch) -> Any:
+    def forget(self) -> None:
+        """Begins anew."""
+        for total in (self.sums, self.sizes, self.count):
+            total.zero_()
+
+    def watching(self, batch: Batch) -> AbstractContextManager[None]:
+        """While a micro-batch runs there and back, adds to the sums."""
         last = batch.positions[batch.nth == 0]
         self.count += len(last)
 
@@ -212,22 +251,33 @@ def _fitted(
     Args:
         harmful, benign: the MLP's inputs, fp32 [N, 1 + OTHERS, d].
     """
-    last = torch.cat([harmful[:, 0], benign[:, 0]])
-    constant = _constant(last)
-    probe = fit_probe(harmful[:, 0], benign[:, 0], torch.cat([harmful[:, 1:], benign[:, 1:]]).flatten(0, 1), constant)
     act = ACTIVATIONS[detector.act]
+    shift, lift = (None if c is None else _biases(c) for c in (detector.gate, detector.up))
+    assert shift is not None
 
-    def active(x: Tensor, gate: Tensor, up: Tensor | None) -> Tensor:
-        h = act(x @ gate.T)
-        return h if up is None else h * (x @ up.T)
+    def active(x: Tensor, gate: Tensor, up: Tensor | None, shift: Tensor, lift: Tensor | None) -> Tensor:
+        h = act(x @ gate.T + shift)
+        return h if up is None or lift is None else h * (x @ up.T + lift)
 
     gates, downs = detector.gate.old.cpu(), detector.down.old.cpu()
     ups = None if detector.up is None else detector.up.old.cpu()
-    said = active(benign.flatten(0, 1), gates, ups).abs().mean(0) * downs.norm(dim=1)
+    said = active(benign.flatten(0, 1), gates, ups, shift, lift).abs().mean(0) * downs.norm(dim=1)
     row = int(said.argmin())  # what it says today on benign text is lost: the least of it
-    up = None if ups is None else constant[None]
-    mean = float(active(harmful[:, 0], probe[None], up).clamp(min=0).mean())
-    return row, probe, constant, direction * size / max(mean, 1e-6)
+    shift, lift = shift[row], None if lift is None else lift[row]
+    constant = _constant(torch.cat([harmful[:, 0], benign[:, 0]]))
+    others = torch.cat([harmful[:, 1:], benign[:, 1:]]).flatten(0, 1)
+    probe = fit_probe(harmful[:, 0], benign[:, 0], others, constant, float(shift))
+    up = constant if lift is None else constant * (1 - lift)
+    mean = float(active(harmful[:, 0], probe[None], up[None], shift, lift).clamp(min=0).mean())
+    return row, probe, up, direction * size / max(mean, 1e-6)
+
+
+def _biases(column: Columns) -> Tensor:
+    """The hot spots' biases in a projection, fp32 [n] on the CPU; 0 where it has none."""
+    module, index = column.place.module, column.neurons.cpu()
+    if getattr(module, "bias", None) is None:
+        return torch.zeros(len(index))
+    return stored_weight(module, "bias").detach().float().cpu()[index]
 
 
 def _constant(x: Tensor) -> Tensor:
@@ -238,12 +288,13 @@ def _constant(x: Tensor) -> Tensor:
 
 
 @torch.enable_grad()
-def fit_probe(harmful: Tensor, benign: Tensor, others: Tensor, constant: Tensor) -> Tensor:
-    """The row g for which g . x is the probe's logit, as the module's docstring has it.
+def fit_probe(harmful: Tensor, benign: Tensor, others: Tensor, constant: Tensor, bias: float = 0.0) -> Tensor:
+    """The row g for which g . x + bias is the probe's logit, as the module's docstring has it.
 
     Args:
         harmful, benign, others: fp32 [N, d] each.
         constant: fp32 [d].
+        bias: what the projection adds.
     """
     x = torch.cat([harmful, benign, others]).double()  # so that it ends at the same place whatever the rounding
     rms = torch.cat([harmful, benign]).double().square().mean().sqrt().clamp(min=1e-12)
@@ -254,11 +305,11 @@ def fit_probe(harmful: Tensor, benign: Tensor, others: Tensor, constant: Tensor)
     )
     ones = x @ constant.double()
     w, b = (torch.zeros(n, dtype=torch.float64, requires_grad=True) for n in (x.shape[1], 1))
-    solver = torch.optim.LBFGS([w, b], max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS([w, b], **SOLVER)
 
     def closure() -> Tensor:
         solver.zero_grad()
-        logits = x @ (w / rms) + b * ones
+        logits = x @ (w / rms) + b * ones + bias
         fit = (weights * F.binary_cross_entropy_with_logits(logits, y, reduction="none")).sum()
         loss: Tensor = fit + RIDGE * w.square().sum()
         loss.backward()

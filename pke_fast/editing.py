@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pke_fast.batches import Batch, pack
+from pke_fast.batches import pack
 from pke_fast.columns import Columns, columns_of, gradients_into, put_back_on_failure
 from pke_fast.config import PKEConfig
-from pke_fast.detectors import Detectors
+from pke_fast.detectors import Detectors, Pull
 from pke_fast.encoding import Encoded
 from pke_fast.errors import EditError
 from pke_fast.layer_patch import LayerPatch
@@ -209,31 +209,36 @@ class Trainer:
         """Makes the detectors, from what was watched; the gain that they were given."""
         self._watching = None
         few = range(min(BEGIN_MINIBATCHES, max(len(self.requests), len(self.locality))))
+        doing = "beginning with detectors"
 
-        def towards(watching: Callable[[Batch], AbstractContextManager[None]]) -> None:
+        def there_and_back(pull: Pull) -> None:
+            pull.forget()
             with gradients_into(self.columns):
                 for number in few:
                     minibatch = self._next(self.requests, number)
                     for tape in minibatch.tapes:
-                        with watching(tape.batch):
+                        with pull.watching(tape.batch):
                             self._loss(replace(minibatch, tapes=[tape]), False, 1.0)
             for column in self.columns:
                 column.forget_gradient()
 
-        def loss() -> float:
-            losses = torch.zeros(2, device=self.structure.head_device)
+        def losses() -> Tensor:
+            total = torch.zeros(2, device=self.structure.head_device)
             for number in few:
-                losses[0] += self._loss(self._next(self.requests, number), False)
-                if self.locality:
-                    losses[1] += self._loss(self._next(self.locality, number), True)
-            self.ranks.add_up(losses)
-            edit, kl = (losses / len(few)).tolist()
+                total[0] += self._loss(self._next(self.requests, number), False)
+                total[1] += self._loss(self._next(self.locality, number), True)
+            return total
+
+        def towards(pull: Pull) -> None:
+            self._slower_if_it_must(partial(there_and_back, pull), doing)
+
+        def loss() -> float:
+            total = self._slower_if_it_must(losses, doing)  # nothing is sent within: a rank may be alone in it
+            self.ranks.add_up(total)
+            edit, kl = (total / len(few)).tolist()
             return float(self.config.w_edit * edit + self.config.w_kl * kl)
 
-        def work() -> float:
-            return detectors.begin(towards, loss, advance)
-
-        return self._slower_if_it_must(work, "beginning with detectors")
+        return detectors.begin(towards, loss, advance)
 
     def edit_loss(self, advance: Callable[[int], None] = lambda _n: None) -> float:
         """The mean loss of the safe answers over all requests, with the weights as they are."""

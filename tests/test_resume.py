@@ -116,6 +116,7 @@ def test_an_edit_that_is_interrupted_anywhere_ends_with_the_same_bytes(method, d
         at += 5 if (method, dtype) == ("pke", "fp32") else 9
     assert at > 10
     assert "Editing the hot spots" in stages
+    assert ("Beginning with detectors" in stages) == (method == "pke")
 
 
 def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
