@@ -87,6 +87,7 @@ class Plan:
             pinned memory; the others wait where they are, in the host's memory or their mapped file.
         staging: room for the layers that are there just then.
         brought: bytes that are copied to the device in all.
+        detectors: on a CPU, what the edit's closed-form beginning keeps and takes (`detectors`).
     """
 
     budget: int | None
@@ -109,6 +110,7 @@ class Plan:
     pinned: int = 0
     staging: int = 0
     brought: int = 0
+    detectors: int = 0
 
     @property
     def locating(self) -> int:
@@ -118,7 +120,7 @@ class Plan:
     @property
     def editing(self) -> int:
         """The same while they are edited."""
-        return self.cache + self.columns + self.step
+        return self.cache + self.columns + self.detectors + self.step
 
     @property
     def peak(self) -> int:
@@ -150,6 +152,7 @@ class Plan:
             "scoring",
             "cache",
             "columns",
+            "detectors",
             "step",
             "locating",
             "editing",

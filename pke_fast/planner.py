@@ -14,6 +14,7 @@ import torch
 from pke_fast.batches import make_batch
 from pke_fast.columns import columns_of
 from pke_fast.config import PKEConfig
+from pke_fast.detectors import detectors_bytes
 from pke_fast.editing import Trainer
 from pke_fast.encoding import Encoded
 from pke_fast.errors import InputError
@@ -203,14 +204,17 @@ class Planner:
     def _made(self, tokens: int, scoring_kept: int, editing_kept: int, budget: int | None) -> Plan:
         structure, config, load = self._twin.structure, self._config, self._load
         item, pke, edits = structure.dtype.itemsize, config.method == "pke", self._edits
-        values = (config.k if pke else self._neurons) * structure.hidden_size
+        kinds = set(structure.mlps[-1].kinds) & set(config.edited)
+        values = (config.k if pke else self._neurons) * structure.hidden_size * len(kinds)
         columns = values * (4 * FP32 + item) if edits else 0  # old values, in fp32 too, masters, two moments
         forward = 2 * self._twin.layer_weights / item  # flops of a token in a layer
         there = self._first + 3 * self._scored - scoring_kept
         away = sum(self._sizes[: self._offloaded])
         staging = staging_bytes(structure.layers) if away else self._twin.layer_weights * bool(self._residence.away)
         every = config.num_steps * (config.batch_size + config.locality_batch_size * bool(load.locality))
-        stepped = every * load.tokens / max(1, load.requests + load.locality)
+        each = load.tokens / max(1, load.requests + load.locality)
+        stepped = every * each
+        scored = each * (min(load.requests, config.score_requests) + min(load.locality, config.score_pairs))
         return Plan(
             budget,
             len(structure.layers),
@@ -225,13 +229,14 @@ class Planner:
             load.tokens * structure.hidden_size * item if edits else 0,
             columns,
             max(0, self._peak("editing", tokens, editing_kept) - columns) if edits else 0,  # they are rehearsed with it
-            forward * load.tokens * there if pke else 0.0,
+            forward * scored * there if pke else 0.0,
             forward * (load.tokens * self._window[0] + stepped * (3 * self._edited - editing_kept)) if edits else 0.0,
             away + self._residence.away,
             self._offloaded,
             self._pinned(),
             staging,
-            self._brought(tokens, stepped),
+            self._brought(tokens, scored, stepped),
+            self._watched(),
         )
 
     def _pinned(self) -> int:
@@ -244,11 +249,26 @@ class Planner:
             pinned += 1
         return pinned
 
-    def _brought(self, tokens: int, stepped: float) -> int:
+    def _watched(self) -> int:
+        """What the edit's detectors take; they are made on the CPU."""
+        load, structure = self._load, self._twin.structure
+        kinds = set(structure.mlps[-1].kinds)
+        if self._kind != "cpu" or not (self._edits and load.locality and kinds <= set(self._config.edited)):
+            return 0
+        return detectors_bytes(
+            self._config,
+            load.requests + load.locality,
+            self._window[1] - self._window[0],
+            structure.hidden_size,
+            structure.dtype.itemsize,
+        )
+
+    def _brought(self, tokens: int, scored: float, stepped: float) -> int:
         """Bytes of offloaded layers that are copied: once on the way up, once more on the way back."""
         sizes, lowest = self._sizes[: self._offloaded], self._window[0]
         once = math.ceil(self._load.tokens / tokens)
-        scoring = once * (sum(sizes) + sum(sizes[self._first :])) * (self._config.method == "pke")
+        through = sum(sizes) + sum(sizes[self._first :])
+        scoring = math.ceil(scored / tokens) * through * (self._config.method == "pke")
         editing = once * sum(sizes[:lowest]) + math.ceil(stepped / tokens) * 2 * sum(sizes[lowest:])
         return scoring + editing * self._edits
 

@@ -188,6 +188,7 @@ def plan(console: Console, found: Mapping[str, Any]) -> None:
         ("locating, over the weights", "locating"),
         ("  cache of the layers below", "cache"),
         ("  hot spots, masters, moments", "columns"),
+        ("  what its beginning sees of the prompts", "detectors"),
         ("  an edit step", "step"),
         ("editing, over the weights", "editing"),
         ("peak", "peak"),

@@ -23,9 +23,11 @@ from pke_fast.budget import parse_bytes
 from pke_fast.cli import main
 from pke_fast.columns import columns_of
 from pke_fast.config import PKEConfig
+from pke_fast.detectors import detectors_bytes
 from pke_fast.editing import Trainer
 from pke_fast.encoding import Encoded
 from pke_fast.errors import InputError
+from pke_fast.kinds import PROJECTIONS
 from pke_fast.mapped import mapped_bytes
 from pke_fast.pace import LEAST_TOKENS, Pace
 from pke_fast.plan import Load
@@ -124,6 +126,44 @@ def test_plans_obey_their_budget_and_more_memory_is_never_slower(family, edits):
         slowness.append(planner._slowness(made))
     assert slowness == sorted(slowness, reverse=True)
     assert slowness[0] > slowness[-1] == planner._slowness(free)
+
+
+def test_an_edit_counts_what_its_detectors_keep_on_the_cpu():
+    twin, load = twin_of(tiny_model("llama"), torch.float32), load_of()
+
+    def kept(config=CONFIG, load=load, **more):
+        return Planner(twin, config, load, **more).plan(None)
+
+    plan = kept()
+    assert plan.detectors == detectors_bytes(CONFIG, 24, LAYERS - 1, twin.structure.hidden_size, 4) > 0
+    assert plan.editing == plan.cache + plan.columns + plan.detectors + plan.step
+    assert plan.as_dict()["bytes"]["detectors"] == plan.detectors
+    without = kept(CONFIG.replace(detectors=False))
+    assert without.detectors == 0
+    assert without.editing == plan.editing - plan.detectors
+    assert kept(device="cuda").detectors == 0
+    assert kept(edits=False).detectors == 0
+    assert kept(load=Load(12, 0, 12 * LONG, ANSWER, (LONG,))).detectors == 0
+    for changes in ({"norm_constraint": 1.0}, {"projections": ("up", "down")}, {"method": "dinm"}):
+        assert kept(CONFIG.replace(**changes)).detectors == 0
+    plain = Planner(twin_of(tiny_model("gpt2"), torch.float32), CONFIG.replace(projections=("gate", "down")), load)
+    assert plain.plan(None).detectors > 0  # it has no up
+
+
+def test_the_columns_of_every_edited_projection_count():
+    twin = twin_of(tiny_model("llama"), torch.float32)
+    sizes = [Planner(twin, CONFIG.replace(projections=p), load_of()).plan(None) for p in (("down",), PROJECTIONS)]
+    assert sizes[0].columns == 20 * CONFIG.k * twin.structure.hidden_size
+    assert sizes[1].columns == 3 * sizes[0].columns
+
+
+def test_a_sample_that_scores_takes_less_time():
+    twin = twin_of(tiny_model("llama"), torch.float32)
+    whole, half = (
+        Planner(twin, CONFIG.replace(score_requests=n, score_pairs=n), load_of()).plan(None) for n in (99, 6)
+    )
+    assert half.scoring_flops == pytest.approx(whole.scoring_flops / 2)
+    assert half.editing_flops == whole.editing_flops
 
 
 @pytest.mark.parametrize("process", [0, 10**8])
