@@ -49,8 +49,7 @@ class Job:
     @property
     def edited_on(self) -> tuple[EditRequest, ...]:
         """Requests and companions; few requests are repeated, so that they aren't lost among their companions."""
-        repeat = max(1, round(len(self.companions) / COMPANIONS / len(self.requests)))
-        return (*self.requests * repeat, *self.companions)
+        return _together(self.requests, self.companions)
 
     def safe(self, bench: Workbench, requests: Sequence[EditRequest] | None = None) -> list[Encoded]:
         """Every request, or these, with its safe answer, ended."""
@@ -102,17 +101,23 @@ def prepare(bench: Workbench, requests: Sequence[EditRequest], locality: Sequenc
 def lengths(
     encoder: PromptEncoder, config: PKEConfig, requests: Sequence[EditRequest], locality: Sequence[Pair] | None
 ) -> tuple[list[Encoded], list[Encoded]]:
-    """Sequences as long as those of `Job.safe` and `Job.benign` will be, before anything is asked of the model.
+    """Sequences as long as those that `Job.edited_on` and `Job.benign` will be, before anything is asked of the model.
 
     Raises:
         InputError: a prompt is too long.
     """
     given = _given(requests, locality)
     beside = [] if given else _companions(encoder, config, requests)
-    safe = [encoder.encode(r.prompt, r.target_new or config.refusal, end=True) for r in (*requests, *beside)]
+    edited_on = _together(requests, beside)
+    safe = [encoder.encode(r.prompt, r.target_new or config.refusal, end=True) for r in edited_on]
     prompts = [encoder.prompt_ids(prompt) for prompt in [p.prompt for p in given] or _shipped_prompts(encoder, config)]
     room = config.locality_tokens
     return safe, [Encoded((*ids, *[0] * min(room, encoder.limit - len(ids))), len(ids)) for ids in prompts]
+
+
+def _together(requests: Sequence[EditRequest], companions: Sequence[EditRequest]) -> tuple[EditRequest, ...]:
+    repeat = max(1, round(len(companions) / COMPANIONS / len(requests)))
+    return (*tuple(requests) * repeat, *companions)
 
 
 def _given(requests: Sequence[EditRequest], locality: Sequence[Pair] | None) -> list[Pair]:
