@@ -17,11 +17,19 @@ def test_settings_win_in_order(tmp_path):
     assert config.num_steps == PKEConfig().num_steps
 
 
+def test_projections_are_in_one_order():
+    assert PKEConfig().projections == ("gate", "up", "down")
+    assert load_config(overrides=["projections=[down, gate, down]"]).projections == ("gate", "down")
+    assert load_config(overrides=["detectors=false"]).detectors is False
+
+
 @pytest.mark.parametrize("method", ["dinm", "dinm-parity"])
 def test_methods_come_with_their_settings(method):
     config = PKEConfig.preset(method)
     assert (config.method, config.num_steps, config.lr, config.w_edit, config.w_kl) == (method, 10, 5e-4, 0.1, 1.0)
     assert load_config(overrides=[f"method={method}", "lr=1e-5"]).lr == 1e-5
+    assert config.edited == ("down",)
+    assert config.companions == 0
     assert PKEConfig.preset("pke") == PKEConfig()
 
 
@@ -43,6 +51,19 @@ def test_methods_come_with_their_settings(method):
         ("per_layer_cap=0", "at least 1"),
         ("norm_constraint=0", "above 0"),
         ("refusal=' '", "some text"),
+        ("projections=[]", "one or more of gate, up, down"),
+        ("projections=[gate, side]", "one or more of gate, up, down"),
+        ("projections=down", "one or more of gate, up, down"),
+        ("detectors=1", "true or false"),
+        ("detectors=maybe", "true or false"),
+        ("companions=-1", "0 or more"),
+        ("companions=many", "a whole number"),
+        ("shipped_pairs=0", "at least 1"),
+        ("score_requests=0", "at least 1"),
+        ("score_pairs=0", "at least 1"),
+        ("framed=1.5", "a share from 0 to 1"),
+        ("framed=-0.1", "a share from 0 to 1"),
+        ("framed=.nan", "a share from 0 to 1"),
         ("num_step=3", "did you mean 'num_steps'"),
         ("k", "key=value"),
         ("k=[", "not YAML"),
