@@ -48,7 +48,8 @@ class PKEConfig:
         framed: share of the prompts that companions and shipped benign prompts also bring within a frame (a role, a
             story, rules for the answer).
         detectors: begin with a closed-form step: in a few layers one hot spot becomes a probe of what is to be refused
-            (`detectors`). Needs gate, up and down among the projections; no effect under `norm_constraint`.
+            (`detectors`). Needs locality pairs, and gate, up and down among the projections; no effect under
+            `norm_constraint`.
         num_steps: most optimiser steps.
         batch_size: requests in a step.
         locality_batch_size: locality pairs in a step.
