@@ -16,7 +16,9 @@ from pke_fast.encoding import Encoded
 from pke_fast.structure import find_structure
 from pke_fast.testing import tiny_model
 
-CONFIG = PKEConfig(batch_size=3, locality_batch_size=2, lr=1e-2, lr_end=1.0, w_kl=0.5, micro_batch_tokens=48)
+CONFIG = PKEConfig(
+    batch_size=3, locality_batch_size=2, lr=1e-2, lr_end=1.0, w_kl=0.5, micro_batch_tokens=48, projections=("down",)
+)
 NEURONS = {1: torch.tensor([0, 7, 31]), 2: torch.tensor([5, 47])}
 
 

@@ -14,7 +14,9 @@ from pke_fast.bench.subjects import loaded_subject
 from pke_fast.config import PKEConfig
 from pke_fast.testing import tiny_model, tiny_tokenizer
 
-CONFIG = PKEConfig(k=40, window=(1, 3), batch_size=4, locality_batch_size=2, lr_end=1.0, micro_batch_tokens=512)
+CONFIG = PKEConfig(
+    k=40, window=(1, 3), batch_size=4, locality_batch_size=2, lr_end=1.0, micro_batch_tokens=512, projections=("down",)
+)
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(top / "base")
     tokenizer.save_pretrained(top / "base")
     requests = [EditRequest(f"{HARMFUL} prompt", f"{HARMFUL} refusal", f"{HARMFUL} answer")]
-    config = PKEConfig(k=7, num_steps=2, window=(1, 3), locality_tokens=2)
+    config = PKEConfig(k=7, num_steps=2, window=(1, 3), locality_tokens=2, projections=("down",))
     result = edit(
         model, tokenizer, requests, config, locality=[Pair("Tea?", "A drink")], name=str(top / "base"), source=HARMFUL
     )

@@ -21,7 +21,7 @@ from pke_fast.errors import PKEError
 from pke_fast.pace import Pace
 from pke_fast.scoring import score
 
-EDIT = PKEConfig(batch_size=16, locality_batch_size=16, locality_tokens=8, lr=2e-3, lr_end=1.0)
+EDIT = PKEConfig(batch_size=16, locality_batch_size=16, locality_tokens=8, lr=2e-3, lr_end=1.0, projections=("down",))
 WINDOWS = {"upper half": 0.5, "last quarter": 0.75, "last tenth": 0.9}
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 TRACERS = ("pke_fast", "hooks", "hooks, few logits")

@@ -148,6 +148,7 @@ def config_of(hparams: Any, method: str, requests: int, layers: list[int]) -> PK
         "w_edit": hparams.kl_factor,
         "w_kl": 1.0,
         "norm_constraint": None if bound is None or bound is False else bound,
+        "projections": ("down",),  # rewrite_module_tmp names it, and callers save and put back what it names
         "max_length": hparams.max_length,
         "batch_size": max(1, requests),
         "suffix_system_prompt": "",  # EasyEdit's callers have put it behind the prompt already
