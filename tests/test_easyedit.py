@@ -172,6 +172,7 @@ def test_the_fixed_mode_is_pke_fasts_own_edit(apply, method):
         norm_constraint=0.5,
         batch_size=2,
         suffix_system_prompt="",
+        projections=("down",),
         **settings,
     )
     config = config.replace(k=2 * NEURONS)  # a thousand are more than there are
