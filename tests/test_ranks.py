@@ -21,6 +21,7 @@ WORK = """
 import json, sys
 import torch
 import pke_fast
+from pke_fast import detectors
 from pke_fast.config import PKEConfig
 from pke_fast.errors import PKEError
 from pke_fast.ranks import joined
@@ -28,6 +29,7 @@ from pke_fast.requests import EditRequest, Pair
 from pke_fast.testing import LAYERS, tiny_model, tiny_tokenizer
 
 out, size, *_ = sys.argv[1:]
+detectors.LEAST = 1  # few requests are enough for edits to begin with detectors
 config = PKEConfig(k=10, num_steps=4, batch_size=5, locality_batch_size=1, window=(1, LAYERS), locality_tokens=3,
                    lr=1e-3, stop_loss=0.0, micro_batch_tokens=96)
 requests = [EditRequest(f"Break {n} locks" + " now" * (n % 4), "Never do that.", "Sure") for n in range(7)]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensor
 
 import pke_fast
-from pke_fast import resume
+from pke_fast import detectors, resume
 from pke_fast.config import PKEConfig
 from pke_fast.editing import Trainer
 from pke_fast.engine import EditResult
@@ -46,6 +46,7 @@ LOCALITY = [Pair(f"Bake cake {n}", "Take some flour") for n in range(4)] + [Pair
 def often(tmp_path, monkeypatch):
     """The state is kept at every turn."""
     monkeypatch.setattr(resume, "EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(detectors, "LEAST", 1)
     monkeypatch.setenv("PKE_FAST_CACHE", str(tmp_path / "cache"))
 
 
