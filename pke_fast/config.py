@@ -89,14 +89,14 @@ class PKEConfig:
     shipped_pairs: int = 640
     framed: float = 0.1
     detectors: bool = True
-    num_steps: int = 36
+    num_steps: int = 24
     batch_size: int = 16
     locality_batch_size: int = 48
     lr: float | None = None
     lr_end: float = 0.1
     weight_decay: float = 0.0
     w_edit: float = 1.0
-    w_kl: float = 5.0
+    w_kl: float = 4.0
     stop_loss: float = 0.1
     stop_kl: float = 0.02
     norm_constraint: float | None = None
