@@ -4,8 +4,9 @@
         [--model meta-llama/Meta-Llama-3-8B-Instruct] [--budget 21GiB]
 
 The weights take 15 GiB. The rest is gradient and optimiser state of the hot spots alone (300 neurons in three
-projections: 74 MB), the cached output of the layers below the hot spots, and one micro-batch: how many tokens it has, and how many layers keep
-their graph, follow from the budget. Generating answers isn't in the plan, so leave some room above it.
+projections: 74 MB), the cached output of the layers below the hot spots, and one micro-batch: how many tokens it has,
+and how many layers keep their graph, follow from the budget.
+Generating answers isn't in the plan, so leave some room above it.
 
 The model is loaded in the host's memory and brought to the card for the edit. Within 10 GiB (a card with 12 GB) or
 7 GiB (8 GB) the lowest layers stay with the host and come to the card when they are used; the patch is as exact.
