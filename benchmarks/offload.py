@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).resolve().parent))  # Python may have been told not to look beside a script
-from random_models import SIZES, random_sequences
+from random_models import SIZES, random_model, random_sequences
 from results_csv import RESULTS, Figures, file_name
 
 from pke_fast.config import PKEConfig
@@ -51,30 +51,10 @@ POOL = 1 << 24  # random numbers that fill all weights: drawing eight thousand m
 
 def host_model(name: str) -> Any:
     """A model of one of SIZES with random weights in bf16, in the host's memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    family, d, neurons, layers, heads, keys, vocabulary, tied = SIZES[name]
-    config = AutoConfig.for_model(
-        family,
-        hidden_size=d,
-        intermediate_size=neurons,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=keys,
-        vocab_size=vocabulary,
-        max_position_embeddings=8192,
-        tie_word_embeddings=tied,
-    )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    finally:
-        torch.set_default_dtype(before)
+    model = random_model(name, "bf16", "meta")
     model.to_empty(device="cpu")
     rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config=config)  # its frequencies are no parameters
+    model.model.rotary_emb = type(rotary)(config=model.config)  # its frequencies are no parameters
     pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     start = 0
     with torch.no_grad():
