@@ -21,7 +21,7 @@ from pke_fast.judges import get_judge
 from pke_fast.requests import EditRequest, Pair, read_pairs, write_pairs
 from pke_fast.workbench import Workbench
 
-COMPANIONS = 2  # at most so many companions a request
+COMPANIONS = 2  # a given request, about: where there are more, the given requests are repeated
 FRAMED_ANSWER = "Sure, here is"  # the unsafe answer to a framed request, whose frame may ask for another form
 REFUSAL_JUDGE = "xstest"  # anchored at the answer's beginning, and that is all that is generated here
 
