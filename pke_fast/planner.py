@@ -103,8 +103,9 @@ class Planner:
         """The mapped weights that have to be in memory all the same: two layers at a time, and what is written to."""
         first, end = self._window
         structure = self._twin.structure
-        down = structure.neurons * structure.hidden_size * structure.dtype.itemsize
-        return 2 * self._twin.layer_weights + (end - first) * down * self._edits
+        projection = structure.neurons * structure.hidden_size * structure.dtype.itemsize
+        written = len(set(self._config.edited) & set(structure.mlps[0].kinds)) * self._edits
+        return 2 * self._twin.layer_weights + (end - first) * projection * written
 
     def _best_offloaded(self, budget: int) -> Plan | None:
         """The fastest plan with as few layers offloaded as must be, or all below those that are gone through again."""

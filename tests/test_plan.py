@@ -237,7 +237,9 @@ def test_weights_that_are_mapped_stay_on_disk_where_the_rest_doesnt_fit():
     assert Planner(twin, CONFIG, load_of(), mapped=twin.weights).plan(None) == plain  # there is room
     down = structure.neurons * structure.hidden_size * 4
     first, end = CONFIG.layer_window(LAYERS)
-    assert Planner(twin, CONFIG, load_of())._held() == 2 * twin.layer_weights + (end - first) * down
+    assert Planner(twin, CONFIG, load_of())._held() == 2 * twin.layer_weights + (end - first) * 3 * down
+    down_alone = CONFIG.replace(projections=("down",))
+    assert Planner(twin, down_alone, load_of())._held() == 2 * twin.layer_weights + (end - first) * down
     assert Planner(twin, CONFIG, load_of(), edits=False)._held() == 2 * twin.layer_weights
     monster = 50 * twin.weights
     twin.weights, own = monster, twin.weights
