@@ -20,10 +20,11 @@ class Batch:
         input_ids, attention_mask: int64 [B, T].
         groups: each row's group (a request), ascending; the rows of one group are neighbours in one batch.
         rows: each row's index among the sequences that were packed.
-        positions: int64 [N], the supervised positions in the flattened [B * T]: those that predict an answer's tokens.
+        positions: int64 [N], the supervised positions in the flattened [B * T]: those that predict an answer's tokens,
+            and those held in prompts.
         targets: int64 [N], the tokens they should predict.
         owners: int64 [N], the row that each belongs to.
-        nth: int64 [N], which token of its answer each predicts, from 0.
+        nth: int64 [N], which token of its answer each predicts, from 0; -1 within a prompt.
     """
 
     input_ids: Tensor
@@ -41,17 +42,26 @@ class Batch:
         starts = [i for i, g in enumerate(self.groups) if i == 0 or g != self.groups[i - 1]]
         return torch.tensor([*starts, len(self.groups)]) * length
 
-    def answer_weights(self, first_token_weight: float = 1.0, sign: Tensor | None = None) -> Tensor:
+    def answer_weights(
+        self, first_token_weight: float = 1.0, sign: Tensor | None = None, prompt_weight: float = 0.0
+    ) -> Tensor:
         """Weights [N] that make a sum over positions a sum over rows of each answer's mean.
 
         Args:
             first_token_weight: weight of an answer's first token in its mean, where the others weigh 1.
             sign: a factor for each row, fp32 [B]; 1 where it is None.
+            prompt_weight: of the mean over the positions held in a prompt, which is added to the answer's.
         """
-        weights = torch.where(self.nth == 0, first_token_weight, 1.0)
-        totals = torch.zeros(len(self.rows), device=weights.device).index_add_(0, self.owners, weights)
-        weights = weights / totals[self.owners]
+        within = self.nth < 0
+        weights = self._shares(torch.where(self.nth == 0, first_token_weight, 1.0).masked_fill(within, 0.0))
+        if prompt_weight:
+            weights = weights + prompt_weight * self._shares(within.float())
         return weights if sign is None else weights * sign[self.owners]
+
+    def _shares(self, weights: Tensor) -> Tensor:
+        """Each position's share of its row's sum; 0 in rows that have none."""
+        totals = torch.zeros(len(self.rows), device=weights.device).index_add_(0, self.owners, weights)
+        return weights / totals[self.owners].masked_fill(weights == 0, 1.0)
 
     def to(self, device: torch.device) -> Batch:
         tensors: Any = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -98,13 +108,13 @@ def make_batch(
     owners: list[int] = []
     nth: list[int] = []
     for row, i in enumerate(by_group):
-        ids, start = sequences[i].ids, sequences[i].prompt_length
+        ids, places = sequences[i].ids, sequences[i].supervised
         input_ids[row, : len(ids)] = torch.tensor(ids)
         mask[row, : len(ids)] = 1
-        positions += [row * length + t - 1 for t in range(start, len(ids))]
-        targets += ids[start:]
-        owners += [row] * (len(ids) - start)
-        nth += range(len(ids) - start)
+        positions += [row * length + place for place in places]
+        targets += [ids[place + 1] for place in places]
+        owners += [row] * len(places)
+        nth += [max(-1, place + 1 - sequences[i].prompt_length) for place in places]
     named = tuple(groups[i] if groups is not None else i for i in by_group)
     tensors = (torch.tensor(values) for values in (positions, targets, owners, nth))
     return Batch(input_ids, mask, named, tuple(by_group), *tensors)

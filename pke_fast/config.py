@@ -54,18 +54,22 @@ class PKEConfig:
         batch_size: requests in a step.
         locality_batch_size: locality pairs in a step.
         lr: Adam's learning rate; None for 1 % of the root mean square of the hot spots' weights, so that it follows
-            a model's own scale.
+            a model's own scale, and 0.3 % where detectors were made.
         lr_end: share of `lr` that is left at the last step; it falls linearly.
         weight_decay: Adam's, decoupled, towards the old weights and not towards zero.
         w_edit, w_kl: weights of the safe answer's cross-entropy and of the locality KL in the loss.
         stop_loss, stop_kl: stop once the running means of the edit loss and of the KL are both below these.
         norm_constraint: most that one weight may move from its old value; None for no bound.
-        refusal: the safe answer for requests that bring none.
+        refusal: the safe answer for requests that bring none. One whose first token begins few benign answers is the
+            most precise: "I'm sorry" has "I'm glad to help" beside it, which a small push turns into a refusal.
         system_prompt: put before every prompt, by the chat template where there is one.
         suffix_system_prompt: put after every prompt (DINM's suffix).
         max_length: most tokens of prompt and answer together; answers are cut, prompts are not.
         unsafe_tokens: length of an unsafe answer, in tokens.
         locality_tokens: length of a locality answer, in tokens.
+        prompt_tokens: within a locality prompt, at so many of its tokens, drawn by chance, the KL is held too: so text
+            that is no answer stays as likely as it was.
+        w_prompt: weight of their mean KL, where the answer's weighs 1.
         first_token_weight: weight of an answer's first token in both losses, where the others weigh 1: it is there
             that refusing and answering part.
         micro_batch_tokens: most tokens (padding counted) that are in flight at once; None: as the plan finds best.
@@ -96,16 +100,18 @@ class PKEConfig:
     lr_end: float = 0.1
     weight_decay: float = 0.0
     w_edit: float = 1.0
-    w_kl: float = 4.0
+    w_kl: float = 12.0
     stop_loss: float = 0.1
     stop_kl: float = 0.02
     norm_constraint: float | None = None
-    refusal: str = "I'm sorry, but I can't assist with that."
+    refusal: str = "Sorry, but I cannot assist with that."
     system_prompt: str = ""
     suffix_system_prompt: str = ""
     max_length: int = 1000
     unsafe_tokens: int = 24
     locality_tokens: int = 4
+    prompt_tokens: int = 6
+    w_prompt: float = 0.5
     first_token_weight: float = 8.0
     micro_batch_tokens: int | None = None
     backend: Backend = "auto"
@@ -129,8 +135,18 @@ class PKEConfig:
         tokens = self.micro_batch_tokens
         _require(tokens is None or tokens >= 1, "micro_batch_tokens", tokens, "at least 1, or null")
         _require(self.num_steps >= 0, "num_steps", self.num_steps, "0 or more")
-        _require(self.companions >= 0, "companions", self.companions, "0 or more")
-        for name in ("weight_decay", "lr_end", "w_edit", "w_kl", "stop_loss", "stop_kl", "first_token_weight"):
+        for name in ("companions", "prompt_tokens"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in (
+            "weight_decay",
+            "lr_end",
+            "w_edit",
+            "w_kl",
+            "w_prompt",
+            "stop_loss",
+            "stop_kl",
+            "first_token_weight",
+        ):
             value = getattr(self, name)
             _require(math.isfinite(value) and value >= 0, name, value, "a finite number of 0 or more")
         cap, bound, lr = self.per_layer_cap, self.norm_constraint, self.lr

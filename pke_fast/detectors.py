@@ -2,14 +2,15 @@
 
 What the model knows of a prompt stands in the residual stream at its last token: a linear probe reads it off in one
 pass, where steps of Adam find it slowly. So a neuron's gate row becomes that probe (its activation is then about 0 for
-benign prompts and at all other tokens), its up row reads a constant off the state, and its column of down points where
-the safe answers' loss falls. The steps that follow begin from there, and change these weights as all others.
+benign prompts and at all other tokens), its up row tells prompts' last tokens from all others, and its column of down
+points where the safe answers' loss falls. The steps that follow begin there, and change these weights as all others.
 
     min over w, b:  sum_n s_n log(1 + exp(-y_n (w . x_n / rms + b c . x_n + gate's bias))) + RIDGE |w|^2
 
 x: the MLP's input. y = 1 at the last token of harmful prompts, -1 at that of benign ones and at other tokens of both;
-each of the three has a share s of the whole: 1/2, 1/2 and OTHERS_SHARE. c . x is about 1 at last tokens (ridge
-regression): the intercept stands there, since most MLPs have no biases, and those that there are stay as they are.
+each of the three has a share s of the whole: 1/2, 1/2 and OTHERS_SHARE. c . x is about 1 at last tokens and 0 at
+others (ridge regression): the intercept stands there, since most MLPs have no biases, and those that there are stay as
+they are.
 """
 
 from __future__ import annotations
@@ -264,8 +265,8 @@ def _fitted(
     said = active(benign.flatten(0, 1), gates, ups, shift, lift).abs().mean(0) * downs.norm(dim=1)
     row = int(said.argmin())  # what it says today on benign text is lost: the least of it
     shift, lift = shift[row], None if lift is None else lift[row]
-    constant = _constant(torch.cat([harmful[:, 0], benign[:, 0]]))
     others = torch.cat([harmful[:, 1:], benign[:, 1:]]).flatten(0, 1)
+    constant = _constant(torch.cat([harmful[:, 0], benign[:, 0]]), others)
     probe = fit_probe(harmful[:, 0], benign[:, 0], others, constant, float(shift))
     up = constant if lift is None else constant * (1 - lift)
     mean = float(active(harmful[:, 0], probe[None], up[None], shift, lift).clamp(min=0).mean())
@@ -280,9 +281,9 @@ def _biases(column: Columns) -> Tensor:
     return stored_weight(module, "bias").detach().float().cpu()[index]
 
 
-def _constant(x: Tensor) -> Tensor:
-    """c with c . x about 1 for the rows of x: ridge regression, fp32 [d]."""
-    gram = (x.T @ x).double()
+def _constant(x: Tensor, others: Tensor) -> Tensor:
+    """c with c . x about 1 for the rows of x and 0 for those of others: ridge regression, fp32 [d]."""
+    gram = (x.T @ x + others.T @ others).double()
     gram += CONSTANT_RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
     return torch.linalg.solve(gram, x.sum(0).double()).float()
 

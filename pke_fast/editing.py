@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pke_fast.batches import pack
+from pke_fast.batches import Batch, pack
 from pke_fast.columns import Columns, columns_of, gradients_into, put_back_on_failure
 from pke_fast.config import PKEConfig
 from pke_fast.detectors import Detectors, Pull
@@ -30,6 +30,7 @@ from pke_fast.tape import Tape, record
 T = TypeVar("T")
 
 LR_OF_RMS = 0.01  # of the old values' rms, projection by projection; tuned on SmolLM2-135M
+GENTLY = 0.3  # of it after detectors: large steps would undo what they know before they learn it anew
 GENTLER = "lower lr (--set lr=...), or load the model in fp32 or bf16"
 STEPS = "Editing the hot spots"  # the stage that advances by steps
 BEGIN_MINIBATCHES = 2  # of each side, that detectors are aimed and weighed by
@@ -50,7 +51,8 @@ class Step:
 class Losses:
     """Mean loss of the safe answers over all requests, and mean KL over all locality pairs.
 
-    Both weigh an answer's first token by `first_token_weight`.
+    Both weigh an answer's first token by `first_token_weight`; the KL has that at the prompts' held tokens added to it,
+    weighed by `w_prompt`.
     """
 
     edit: float
@@ -129,6 +131,7 @@ class Trainer:
         self.pace = pace or Pace.unplanned(config)
         self._first = min(column.layer for column in columns)
         self._most_lr = [LR_OF_RMS * column.rms if config.lr is None else config.lr for column in columns]
+        self.begun = False  # with detectors
         self._shuffle = random.Random(config.seed)
         self._pad_id = pad_id
         self.requests: list[_Minibatch] = []
@@ -155,7 +158,7 @@ class Trainer:
             tape = record(self.structure, batch, self._first)
             minibatch.tapes.append(tape)
             if base:
-                counts = [minibatch.sequences[row].answer_length for row in batch.rows]
+                counts = [len(minibatch.sequences[row].supervised) for row in batch.rows]
                 with self._watched(tape, True, minibatch):
                     top = tape.run()
                 found.update(zip(batch.rows, tape.supervised(top).split(counts), strict=True))
@@ -189,7 +192,7 @@ class Trainer:
         """The minibatch's mean loss on this rank, on the device; `scale` times its gradient is added up, if not 0."""
         total = torch.zeros((), device=self.structure.head_device)
         for tape in minibatch.tapes:
-            weights = tape.batch.answer_weights(self.config.first_token_weight) / minibatch.size
+            weights = self._weights(tape.batch) / minibatch.size
             if base:
                 loss_of = partial(locality_loss, self.structure, base_hidden=minibatch.base_of(tape), weights=weights)
             else:
@@ -200,6 +203,9 @@ class Trainer:
                 with torch.no_grad(), self._watched(tape, base, minibatch):
                     total += loss_of(tape.supervised(tape.run()))
         return total
+
+    def _weights(self, batch: Batch) -> Tensor:
+        return batch.answer_weights(self.config.first_token_weight, prompt_weight=self.config.w_prompt)
 
     def _watched(self, tape: Tape, base: bool, minibatch: _Minibatch) -> AbstractContextManager[None]:
         watching = self._watching
@@ -238,7 +244,9 @@ class Trainer:
             edit, kl = (total / len(few)).tolist()
             return float(self.config.w_edit * edit + self.config.w_kl * kl)
 
-        return detectors.begin(towards, loss, advance)
+        gain = detectors.begin(towards, loss, advance)
+        self.begun = bool(gain)
+        return gain
 
     def edit_loss(self, advance: Callable[[int], None] = lambda _n: None) -> float:
         """The mean loss of the safe answers over all requests, with the weights as they are."""
@@ -310,9 +318,10 @@ class Trainer:
             column.update(self.config, left * most)
 
     def _lr_left(self, number: int) -> float:
-        """The share of the learning rate at a step: from 1 down to `lr_end`, linearly."""
+        """The share of the learning rate at a step: from 1 down to `lr_end`, linearly; of the default less, if begun."""
         end = self.config.lr_end
-        return end + (1 - end) * max(0.0, 1 - number / max(1, self.config.num_steps - 1))
+        most = GENTLY if self.begun and self.config.lr is None else 1.0
+        return most * (end + (1 - end) * max(0.0, 1 - number / max(1, self.config.num_steps - 1)))
 
     def _next(self, minibatches: list[_Minibatch], number: int) -> _Minibatch:
         return minibatches[number % len(minibatches)]
@@ -377,7 +386,7 @@ def edit_columns(
                 tokens = trainer.pace.tokens
                 steps.append(trainer.step(len(steps)))
                 advance(1)
-                snapshot.save(partial(_state, columns, steps, trainer.pace), done=trainer.pace.tokens < tokens)
+                snapshot.save(partial(_state, trainer, steps), done=trainer.pace.tokens < tokens)
         stopped = f"all {config.num_steps} steps were made"
         if _good_enough(steps[-STOP_WINDOW:], config):
             stopped = f"over {STOP_WINDOW} steps, the losses fell below stop_loss and stop_kl"
@@ -386,11 +395,11 @@ def edit_columns(
         return Outcome(tuple(column.patch() for column in columns), tuple(steps), before, after, stopped)
 
 
-def _state(columns: Sequence[Columns], steps: Sequence[Step], pace: Pace) -> dict[str, Tensor]:
+def _state(trainer: Trainer, steps: Sequence[Step]) -> dict[str, Tensor]:
     """All that decides the steps to come."""
     made = torch.tensor([astuple(step) for step in steps], dtype=torch.float64)
-    state = {"steps": made, "tokens": torch.tensor(pace.tokens)}
-    for column in columns:
+    state = {"steps": made, "tokens": torch.tensor(trainer.pace.tokens), "begun": torch.tensor(trainer.begun)}
+    for column in trainer.columns:
         state |= {f"{column.name}.{name}": tensor for name, tensor in column.state().items()}
     return state
 
@@ -400,6 +409,7 @@ def _resumed(columns: Sequence[Columns], trainer: Trainer, state: Mapping[str, T
     if state is None:
         return []
     trainer.resume(int(state["tokens"]))
+    trainer.begun = bool(state["begun"])
     for column in columns:
         mine = f"{column.name}."
         column.set_state({name.removeprefix(mine): t for name, t in state.items() if name.startswith(mine)})

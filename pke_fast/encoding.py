@@ -18,14 +18,21 @@ class Encoded:
     Attributes:
         ids: token ids of the prompt, then of the answer.
         prompt_length: number of ids that are the prompt's; at least 1.
+        held: places in the prompt, ascending and before its last, at which what comes next is supervised too.
     """
 
     ids: tuple[int, ...]
     prompt_length: int
+    held: tuple[int, ...] = ()
 
     @property
     def answer_length(self) -> int:
         return len(self.ids) - self.prompt_length
+
+    @property
+    def supervised(self) -> tuple[int, ...]:
+        """The places from which a supervised token is told: those held, then those before the answer's tokens."""
+        return (*self.held, *range(self.prompt_length - 1, len(self.ids) - 1))
 
 
 class PromptEncoder:

@@ -207,7 +207,7 @@ def _reverted_on_failure(patch: Patch, model: Any) -> Iterator[None]:
 
 
 def _run(bench: Workbench, job: Job, located: Located) -> Outcome:
-    requests, locality = job.safe(bench, job.edited_on), job.benign(bench)
+    requests, locality = job.safe(bench, job.edited_on), job.held(bench)
     hot_spots = located.hot_spots.by_layer()
     if bench.config.method == "dinm-parity":
         (layer,) = hot_spots

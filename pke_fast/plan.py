@@ -17,7 +17,7 @@ class Load:
     Attributes:
         requests, locality: how many sequences of each are scored and edited.
         tokens: of all of them together.
-        answer: tokens of the longest answer.
+        answer: most supervised tokens of a sequence: its answer's, and those held in its prompt.
         request_widths, locality_widths: which lengths there are, ascending.
     """
 
@@ -35,7 +35,7 @@ class Load:
             len(requests),
             len(locality),
             sum(len(sequence.ids) for sequence in every),
-            max(sequence.answer_length for sequence in every),
+            max(len(sequence.supervised) for sequence in every),
             *(tuple(sorted({len(sequence.ids) for sequence in part})) for part in (requests, locality)),
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -66,6 +67,14 @@ class Job:
         tokens = bench.config.locality_tokens
         return [bench.encoder.encode(p.prompt, p.answer or "", answer_tokens=tokens) for p in self.locality]
 
+    def held(self, bench: Workbench) -> list[Encoded]:
+        """The same as `benign`, as an edit holds them: at a few tokens within the prompt too, drawn by the seed."""
+        config = bench.config
+        return [
+            replace(sequence, held=_drawn(sequence, config.prompt_tokens, f"{config.seed} {pair.prompt}"))
+            for pair, sequence in zip(self.locality, self.benign(bench), strict=True)
+        ]
+
 
 def prepare(bench: Workbench, requests: Sequence[EditRequest], locality: Sequence[Pair] | None) -> Job:
     """Completes requests and locality pairs.
@@ -112,7 +121,14 @@ def lengths(
     safe = [encoder.encode(r.prompt, r.target_new or config.refusal, end=True) for r in edited_on]
     prompts = [encoder.prompt_ids(prompt) for prompt in [p.prompt for p in given] or _shipped_prompts(encoder, config)]
     room = config.locality_tokens
-    return safe, [Encoded((*ids, *[0] * min(room, encoder.limit - len(ids))), len(ids)) for ids in prompts]
+    answered = [Encoded((*ids, *[0] * min(room, encoder.limit - len(ids))), len(ids)) for ids in prompts]
+    return safe, [replace(sequence, held=_drawn(sequence, config.prompt_tokens, "")) for sequence in answered]
+
+
+def _drawn(sequence: Encoded, most: int, seed: str) -> tuple[int, ...]:
+    """Places within a prompt, before its last, ascending: all, or so many of them."""
+    within = range(sequence.prompt_length - 1)
+    return tuple(sorted(random.Random(seed).sample(within, min(most, len(within)))))
 
 
 def _together(requests: Sequence[EditRequest], companions: Sequence[EditRequest]) -> tuple[EditRequest, ...]:

@@ -12,7 +12,7 @@ from pke_fast import editing
 from pke_fast.columns import columns_of
 from pke_fast.config import PKEConfig
 from pke_fast.detectors import GAINS, OTHERS, Detectors, detectors_bytes, fit_probe
-from pke_fast.editing import Trainer, edit_columns
+from pke_fast.editing import GENTLY, Trainer, edit_columns
 from pke_fast.encoding import Encoded
 from pke_fast.kernels.glu_score import ACTIVATIONS
 from pke_fast.kinds import PROJECTIONS
@@ -45,7 +45,7 @@ def sides(d=12, n=30):
 def test_the_probe_is_where_the_loss_is_least(bias):
     """Newton's steps in plain form: the loss is convex, so where its gradient is 0 is the least."""
     harmful, benign, others = (part / 3 for part in sides())
-    constant = module._constant(torch.cat([harmful, benign]))
+    constant = module._constant(torch.cat([harmful, benign]), others)
     x = torch.cat([harmful, benign, others]).double()
     rms = torch.cat([harmful, benign]).double().square().mean().sqrt()
     share = [(harmful, 0.5), (benign, 0.5), (others, module.OTHERS_SHARE)]
@@ -68,7 +68,7 @@ def test_the_probe_is_where_the_loss_is_least(bias):
 
 def test_the_probe_tells_the_sides_apart_and_is_silent_elsewhere():
     harmful, benign, others = sides()
-    constant = module._constant(torch.cat([harmful, benign]))
+    constant = module._constant(torch.cat([harmful, benign]), others)
     row = fit_probe(harmful, benign, others, constant)
     assert float((harmful @ row).min()) > 0 > float((benign @ row).max())
     assert ((others @ row) < 0).float().mean() > 0.9
@@ -77,14 +77,16 @@ def test_the_probe_tells_the_sides_apart_and_is_silent_elsewhere():
     assert float((row - nudged).norm() / row.norm()) < 1e-4  # whatever the rounding
 
 
-def test_the_constant_is_about_one():
-    x = drawn(20, 50, 3, 0.5)
-    assert (x @ module._constant(x) - 1).abs().max() < 0.05  # as many numbers as can be fitted
-    x = drawn(4000, 10, 4, 1.0)
-    gram = x.double().T @ x.double()
+def test_the_constant_is_about_one_at_last_tokens_and_zero_at_others():
+    x, others = drawn(12, 50, 3, 0.5), drawn(12, 50, 5, -0.5)
+    constant = module._constant(x, others)
+    assert (x @ constant - 1).abs().max() < 0.05  # as many numbers as can be fitted
+    assert (others @ constant).abs().max() < 0.05
+    x, others = drawn(4000, 10, 4, 1.0), drawn(6000, 10, 6, 0.2)
+    gram = x.double().T @ x.double() + others.double().T @ others.double()
     ridge = module.CONSTANT_RIDGE * gram.diagonal().mean() * torch.eye(10, dtype=torch.float64)
     truth = torch.linalg.inv(gram + ridge) @ x.double().sum(0)
-    assert torch.allclose(module._constant(x).double(), truth, rtol=1e-4)
+    assert torch.allclose(module._constant(x, others).double(), truth, rtol=1e-4)
 
 
 def trained(family, sequences, config=CONFIG, dtype="fp32", hot_spots=HOT_SPOTS):
@@ -160,6 +162,15 @@ def test_what_is_watched_are_the_mlps_inputs_at_the_prompts_last_tokens(sequence
                 apart = (truth - kept[nearest, :, nth, None]).abs().amax((0, 2))
                 assert int(apart.argmin()) != sequence.prompt_length - 1
                 assert float(apart.min()) < 1e-5
+
+
+@pytest.mark.parametrize(("gain", "lr", "share"), [(1.0, None, GENTLY), (0.0, None, 1.0), (1.0, 0.1, 1.0)])
+def test_steps_are_smaller_once_there_are_detectors(gain, lr, share, sequences, monkeypatch):
+    monkeypatch.setattr(module, "GAINS", (gain,))
+    detectors, trainer = trained("llama", sequences, CONFIG.replace(lr=lr))[-2:]
+    assert trainer._lr_left(0) == 1.0
+    assert trainer.begin(detectors, lambda _n: None) == gain
+    assert trainer._lr_left(0) == share
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,11 +56,13 @@ def dense_gradient(model, requests, locality, base, config):
         loss = loss + config.w_edit * (ce * weight / weight.sum()).sum() / len(requests)
     for sequence in locality:
         ids = torch.tensor([sequence.ids])
-        sides = [m(input_ids=ids).logits[0, sequence.prompt_length - 1 : -1].log_softmax(-1) for m in (model, base)]
+        sides = [m(input_ids=ids).logits[0].log_softmax(-1) for m in (model, base)]
+        kl = F.kl_div(*sides, log_target=True, reduction="none").sum(-1)
         weight = torch.ones(sequence.answer_length)
         weight[0] = config.first_token_weight
-        kl = F.kl_div(*sides, log_target=True, reduction="none").sum(-1)
-        loss = loss + config.w_kl * (kl * weight / weight.sum()).sum() / len(locality)
+        answer = (kl[sequence.prompt_length - 1 : -1] * weight / weight.sum()).sum()
+        within = kl[list(sequence.held)].mean() if sequence.held else 0.0
+        loss = loss + config.w_kl * (answer + config.w_prompt * within) / len(locality)
     loss.backward()
     model.requires_grad_(False)
     return {name: weight.grad for name, weight in weights.items()}
@@ -69,6 +73,8 @@ def test_the_sparse_gradient_is_the_dense_ones(family, sequences):
     config = CONFIG.replace(batch_size=6, locality_batch_size=9, first_token_weight=3.0)
     model, base = (tiny_model(family).requires_grad_(False) for _ in range(2))
     requests, locality = sequences(6), sequences(9, seed=1)
+    locality = [replace(s, held=tuple(range(s.prompt_length - 1))[:nth]) for nth, s in enumerate(locality)]
+    assert {len(sequence.held) for sequence in locality} >= {0, 1, 2}
     structure = find_structure(model)
     columns = columns_of(structure, HOT_SPOTS, PROJECTIONS)
     assert {column.projection for column in columns} == set(structure.mlps[1].kinds)

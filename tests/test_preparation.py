@@ -177,6 +177,22 @@ class _Scores:
     layer_path = None
 
 
+def test_pairs_are_held_at_a_few_tokens_of_their_prompts_too(quick):
+    """Before the prompt's last token, which the answer's first is told from; the same ones again, others by a seed."""
+    drawn = []
+    for seed in (0, 0, 1):
+        with workbench(tiny_model("llama"), tiny_tokenizer(), CONFIG.replace(prompt_tokens=3, seed=seed)) as bench:
+            job = prepare(bench, REQUESTS, None)
+            held, benign = job.held(bench), job.benign(bench)
+            foreseen = lengths(bench.encoder, bench.config, REQUESTS, None)[1]
+        assert [replace(sequence, held=()) for sequence in held] == benign
+        assert {len(sequence.held) for sequence in held} == {3}
+        assert all(max(s.held) < s.prompt_length - 1 and s.held == tuple(sorted(set(s.held))) for s in held)
+        assert [len(s.supervised) for s in foreseen] == [len(s.supervised) for s in held]
+        drawn.append([sequence.held for sequence in held])
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 def test_every_pair_has_two_sides_and_no_prompt_is_on_both():
     pairs = shipped._records("pairs")
     assert all(set(pair) >= {"harmful", "harmless", "ground_truth"} for pair in pairs)

@@ -34,7 +34,6 @@ CONFIG = PKEConfig(
     locality_batch_size=2,
     window=(1, LAYERS),
     locality_tokens=3,
-    lr=1e-2,
     stop_loss=0.0,
     micro_batch_tokens=128,
 )

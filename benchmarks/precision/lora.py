@@ -95,7 +95,7 @@ def edit(bench: Workbench, job: Job, config: PKEConfig) -> tuple[Patch, dict[str
         return found
 
     requests = minibatches(job.safe(bench), config.batch_size)
-    locality = minibatches(job.benign(bench), config.locality_batch_size)
+    locality = minibatches(job.held(bench), config.locality_batch_size)
     parameters = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
     adam = torch.optim.Adam(parameters, lr=config.lr or LR)
     curve: list[tuple[float, float]] = []
@@ -135,7 +135,7 @@ def _backward(structure: Structure, minibatch: _Minibatch, config: PKEConfig, *,
     """Adds up a minibatch's gradients; its mean loss."""
     total = 0.0
     for tape, base in zip(minibatch.tapes, minibatch.base, strict=True):
-        weights = tape.batch.answer_weights(config.first_token_weight) / minibatch.size
+        weights = tape.batch.answer_weights(config.first_token_weight, prompt_weight=config.w_prompt) / minibatch.size
 
         def loss_of(hidden: Tensor, tape: Tape = tape, base: Tensor = base, weights: Tensor = weights) -> Tensor:
             if held:

@@ -105,7 +105,8 @@ def called(name: str, seed: int) -> str:
 def _answered(lab: Lab, name: str, setting: Setting, seed: int) -> None:
     value, patch = edit(lab, called(name, seed), setting, seed)
     config = setting.config(lab.structure, seed)
-    measures.answers(lab, called(name, seed), patch, value["sha"], config, whole=setting.thorough)
+    whole = setting.thorough and seed == setting.seeds[0]
+    measures.answers(lab, called(name, seed), patch, value["sha"], config, whole=whole, fewer=not setting.thorough)
 
 
 def _damaged(lab: Lab, name: str, setting: Setting, seed: int) -> None:

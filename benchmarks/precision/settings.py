@@ -19,8 +19,9 @@ class Setting:
         changes: to the preset of its method.
         seeds: it is made once with each; the worst one counts.
         by: who edits: this package, or LoRA by plain torch under the same losses.
-        thorough: every answer is made whole, and ability, perplexity and KL are measured. Else answers end once
-            XSTest's rule has its verdict, and the rest is measured at the point of equal attack success alone.
+        thorough: on the sets as they are, the first seed's answers made whole, and with ability, perplexity and KL.
+            Else on fewer prompts, answers end once XSTest's rule has its verdict, and the rest is measured at the
+            point of equal attack success alone.
     """
 
     changes: dict[str, Any] = field(default_factory=dict)
@@ -54,7 +55,7 @@ SETTINGS: dict[str, Setting] = {
 }
 
 # Short edits, one after another.
-SEQUENTIAL: dict[str, Any] = {"num_steps": 20}
+SEQUENTIAL: dict[str, Any] = {"num_steps": 16, "companions": 64, "shipped_pairs": 256}
 
 # With kinds held out in turn: what keeps an edit from adding requests of its own, of the kind that is held out.
 KINDS: dict[str, Any] = {}

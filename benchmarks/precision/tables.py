@@ -116,9 +116,11 @@ def judges_table(found: Found, runs: Sequence[str]) -> str:
     rows = []
     for run in runs:
         answers = found.get(f"answers, {run}")
-        for judge in JUDGES if answers else ():
-            sets = answers["sets"].values()
-            rows.append([run, judge, *(percent(part["refused"][judge] / part["n"]) for part in sets)])
+        sets = answers["sets"].values() if answers else ()
+        for judge in JUDGES:
+            refused = [percent(part["refused"][judge] / part["n"]) for part in sets if judge in part["refused"]]
+            if refused:
+                rows.append([run, judge, *refused])
     names = next((found[f"answers, {run}"]["sets"] for run in runs if f"answers, {run}" in found), {})
     return table(["refused", "judge", *names], rows)
 

@@ -90,4 +90,4 @@ class PlainLoss:
         return float(edit), float(kl)
 
     def _weights(self, batch: Batch) -> Tensor:
-        return batch.answer_weights(self.config.first_token_weight)
+        return batch.answer_weights(self.config.first_token_weight, prompt_weight=self.config.w_prompt)

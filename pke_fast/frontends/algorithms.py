@@ -209,7 +209,7 @@ def _fixed(bench: Workbench, requests: Sequence[EditRequest], hparams: Any, laye
         structure,
         hot_spots,
         job.safe(bench),
-        job.benign(bench),
+        job.held(bench),
         bench.config,
         pad_id=bench.pad_id,
         stage=bench.stages.stage,
