@@ -318,7 +318,7 @@ class Trainer:
             column.update(self.config, left * most)
 
     def _lr_left(self, number: int) -> float:
-        """The share of the learning rate at a step: from 1 down to `lr_end`, linearly; of the default less, if begun."""
+        """The share of the learning rate at a step: from 1 down to `lr_end`; of a default, GENTLY if begun."""
         end = self.config.lr_end
         most = GENTLY if self.begun and self.config.lr is None else 1.0
         return most * (end + (1 - end) * max(0.0, 1 - number / max(1, self.config.num_steps - 1)))
