@@ -84,7 +84,7 @@ def whole(
     **job: Any,
 ) -> dict[str, Any]:
     """A whole job's curve: (steps, seconds, held-out loss, held-out KL), and whether it reached its target."""
-    with job_of(config=PKEConfig(lr_end=1.0, projections=("down",), **settings), **job) as given:
+    with job_of(config=PKEConfig(lr_end=1.0, w_kl=4.0, projections=("down",), **settings), **job) as given:
         watch = Watch(given.held_out, target, most_kl, most_steps=most_steps)
         run(EDITORS[provider].load().edit, given, lr, watch)
         return {"curve": watch.curve, "reached": watch.reached}
@@ -97,6 +97,8 @@ class _NotMeasured:
 
 def whole_peak(provider: str, lr: float, settings: dict[str, Any], device: str = "cpu", **job: Any) -> int | None:
     """Bytes over the loaded model during a whole job of two steps."""
-    with job_of(config=PKEConfig(lr_end=1.0, projections=("down",), **settings), device=device, **job) as given:
+    with job_of(
+        config=PKEConfig(lr_end=1.0, w_kl=4.0, projections=("down",), **settings), device=device, **job
+    ) as given:
         watch = Watch(_NotMeasured(), 0.0, most_steps=2)  # type: ignore[arg-type]
         return peak_over_now(lambda: run(EDITORS[provider].load().edit, given, lr, watch), device)[1]

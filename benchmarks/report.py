@@ -179,8 +179,8 @@ def plots(rows: Rows, folder: Path, stem: str) -> list[Path]:
                 for row in front
                 if row["provider"] == provider
             ]
-            peaks, seconds = zip(*((peak, time) for peak, time in points if peak), strict=True)
-            axes.plot(peaks, seconds, "o-", label=provider)
+            seen = [(peak, time) for peak, time in points if peak]  # a tiny job's peak can be 0
+            axes.plot([peak for peak, _ in seen], [time for _, time in seen], "o-", label=provider)
         axes.set(xscale="log", yscale="log", xlabel="bytes over the model", ylabel="seconds")
         axes.legend(fontsize=6)
         paths.append(folder / f"{stem}-front.png")

@@ -151,7 +151,7 @@ def job_of(
     config: PKEConfig | None = None,
 ) -> Iterator[Job]:
     """The job on the shipped prompts; answers to benign prompts are the model's own."""
-    config = config or PKEConfig(lr_end=1.0, projections=("down",))
+    config = config or PKEConfig(lr_end=1.0, w_kl=4.0, projections=("down",))
     loaded = load_model(model, device=device, dtype=dtype)
     encoder = PromptEncoder(loaded.tokenizer, config, context_length(loaded.model))
     with laid_out(loaded.model):
