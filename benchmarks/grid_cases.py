@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from providers import EDITORS, TRACERS
-from providers.whole_job import Watch, job_of, run
+from providers.whole_job import WHOLE, Watch, job_of, run
 from random_models import opened
 
 from pke_fast.bench.cases import EDIT, STEPPERS, check_equal, check_equal_steps, first_layer, stepper
 from pke_fast.bench.measuring import in_turns, peak_over_now
 from pke_fast.bench.subjects import spread_neurons
-from pke_fast.config import PKEConfig
 
 Times = dict[str, list[float]]
 """Median, low and high seconds by provider."""
@@ -84,7 +83,7 @@ def whole(
     **job: Any,
 ) -> dict[str, Any]:
     """A whole job's curve: (steps, seconds, held-out loss, held-out KL), and whether it reached its target."""
-    with job_of(config=PKEConfig(lr_end=1.0, w_kl=4.0, projections=("down",), **settings), **job) as given:
+    with job_of(config=WHOLE.replace(**settings), **job) as given:
         watch = Watch(given.held_out, target, most_kl, most_steps=most_steps)
         run(EDITORS[provider].load().edit, given, lr, watch)
         return {"curve": watch.curve, "reached": watch.reached}
@@ -97,8 +96,6 @@ class _NotMeasured:
 
 def whole_peak(provider: str, lr: float, settings: dict[str, Any], device: str = "cpu", **job: Any) -> int | None:
     """Bytes over the loaded model during a whole job of two steps."""
-    with job_of(
-        config=PKEConfig(lr_end=1.0, w_kl=4.0, projections=("down",), **settings), device=device, **job
-    ) as given:
+    with job_of(config=WHOLE.replace(**settings), device=device, **job) as given:
         watch = Watch(_NotMeasured(), 0.0, most_steps=2)  # type: ignore[arg-type]
         return peak_over_now(lambda: run(EDITORS[provider].load().edit, given, lr, watch), device)[1]

@@ -21,6 +21,7 @@ from pke_fast.loading import context_length, load_model, pad_token_id
 from pke_fast.structure import Structure, find_structure
 from pke_fast.workbench import laid_out
 
+WHOLE = PKEConfig(lr_end=1.0, w_kl=4.0, projections=("down",))  # what all tools do alike: down alone, a steady rate
 HELD_OUT_TOKENS = 1024  # in flight while the held-out loss is measured, which nobody is charged for
 
 
@@ -151,7 +152,7 @@ def job_of(
     config: PKEConfig | None = None,
 ) -> Iterator[Job]:
     """The job on the shipped prompts; answers to benign prompts are the model's own."""
-    config = config or PKEConfig(lr_end=1.0, w_kl=4.0, projections=("down",))
+    config = config or WHOLE
     loaded = load_model(model, device=device, dtype=dtype)
     encoder = PromptEncoder(loaded.tokenizer, config, context_length(loaded.model))
     with laid_out(loaded.model):
