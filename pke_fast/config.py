@@ -19,6 +19,8 @@ from pke_fast.kinds import PROJECTIONS, Kind
 Backend = Literal["auto", "reference", "native", "triton"]
 Method = Literal["pke", "dinm", "dinm-parity"]
 Score = Literal["contrast", "toxic", "weight_change", "activation_path", "random"]
+CONFIGS = Path(__file__).parent / "configs"
+PRESETS = tuple(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
 MOST_LR = 1e9  # beyond it Adam's step overflows fp32
 ScoreLoss = Literal["safe", "unsafe", "contrast"]
 
@@ -76,7 +78,7 @@ class PKEConfig:
         backend: what the ops run in: "auto" chooses by device and shape (see `pke-fast doctor`).
         seed: of the shuffles and of ``score: random``.
 
-    `PKEConfig()` is the preset of method ``pke``; `load_config` and `PKEConfig.preset` know those of the others.
+    `PKEConfig()` is the preset ``pke``; `load_config` and `PKEConfig.preset` know the others.
     """
 
     method: Method = "pke"
@@ -166,9 +168,9 @@ class PKEConfig:
         )
 
     @classmethod
-    def preset(cls, method: str) -> PKEConfig:
-        """The settings that a method comes with: pke's are the defaults, the others' are in `configs/`."""
-        return load_config(overrides=[f"method={method}"])
+    def preset(cls, name: str) -> PKEConfig:
+        """The settings in `configs/` by this name, which every method has: `PRESETS` lists them."""
+        return load_config(_preset(name))
 
     def replace(self, **changes: Any) -> PKEConfig:
         """A copy with some settings changed. Raises `InputError` for an unknown name or a bad value."""
@@ -201,12 +203,15 @@ class PKEConfig:
 def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> PKEConfig:
     """Settings from a YAML file and `key=value` strings, the latter winning; the rest are the method's preset.
 
+    Args:
+        path: or the name of a preset: one of `PRESETS`.
+
     Raises:
         InputError: no such file, broken YAML, an unknown setting (the nearest is suggested) or a bad value.
     """
     import yaml
 
-    settings = {} if path is None else _read_yaml(Path(path))
+    settings = {} if path is None else _read_yaml(_preset(path) if path in PRESETS else Path(path))
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals:
@@ -216,8 +221,14 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
         except yaml.YAMLError as error:
             raise InputError(f"--set {text}: the value is not YAML", got=str(error)) from error
     _known(settings)
-    preset = Path(__file__).parent / "configs" / f"{settings.get('method', 'pke')}.yaml"
-    return PKEConfig(**{**(_read_yaml(preset) if preset.exists() else {}), **settings})
+    method = settings.get("method", "pke")
+    return PKEConfig(**{**(_read_yaml(_preset(method)) if method in PRESETS else {}), **settings})
+
+
+def _preset(name: object) -> Path:
+    if name not in PRESETS:
+        raise InputError(f"no preset {name!r}", expected="one of " + ", ".join(PRESETS))
+    return CONFIGS / f"{name}.yaml"
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -226,7 +237,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"can't read settings: {path}", got=error.strerror, do="check --config") from error
+        raise InputError(f"can't read settings: {path}", got=error.strerror, do=f"name a file that is there, or a preset: {', '.join(PRESETS)}") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"settings in {path} are not YAML", got=str(error)) from error
     if not isinstance(loaded or {}, dict):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import dataclasses
 
-from pke_fast.config import PKEConfig, load_config
+import pytest
+import yaml
+
+from pke_fast.config import CONFIGS, PRESETS, PKEConfig, load_config
 from pke_fast.errors import InputError
 
 
@@ -31,6 +34,26 @@ def test_methods_come_with_their_settings(method):
     assert config.edited == ("down",)
     assert config.companions == 0
     assert PKEConfig.preset("pke") == PKEConfig()
+
+
+def test_presets_go_by_their_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert PRESETS == ("dinm", "dinm-parity", "pke", "pke-fast-draft")
+    draft = load_config("pke-fast-draft", ["k=20"])
+    assert (draft.method, draft.k) == ("pke", 20)
+    assert draft.num_steps < PKEConfig().num_steps
+    assert draft.shipped_pairs < PKEConfig().shipped_pairs
+    assert load_config("dinm") == PKEConfig.preset("dinm") == load_config(overrides=["method=dinm"])
+    with pytest.raises(InputError, match="a preset: dinm, dinm-parity, pke, pke-fast-draft"):
+        load_config("pke-draft")
+    with pytest.raises(InputError, match="no preset 'pke-draft'"):
+        PKEConfig.preset("pke-draft")
+
+
+def test_the_preset_to_copy_from_has_every_setting():
+    settings = yaml.safe_load((CONFIGS / "pke.yaml").read_text())
+    assert set(settings) == {field.name for field in dataclasses.fields(PKEConfig)}
+    assert PKEConfig(**settings) == PKEConfig()
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from precision.lab import Lab
 from precision.pictures import draw
 from precision.sequential import sequential
 from precision.sets import Sizes, read_sets
-from precision.settings import DEFAULT, SETTINGS, Setting
+from precision.settings import DEFAULT, DRAFT, SETTINGS, Setting
 from precision.tables import generated, put
 from precision.yardstick import yardstick
 
@@ -91,7 +91,7 @@ def _parts(lab: Lab, settings: Mapping[str, Setting], kinds: bool) -> list[Calla
             if setting.thorough:
                 parts.append(lambda n=name, st=setting, s=seed: _damaged(lab, n, st, s))
         parts.append(lambda n=name, st=setting: _compared(lab, n, st, st.seeds[0]))
-    parts.append(lambda: sequential(lab, default.config(lab.structure, 0)))
+    parts.append(lambda: sequential(lab, settings.get(DRAFT, default).config(lab.structure, 0)))
     if kinds:
         parts.append(lambda: held_out(lab, default.config(lab.structure, 0)))
     return parts

@@ -14,7 +14,6 @@ from precision import fronts
 from precision.cells import Value
 from precision.edits import edited, facts
 from precision.lab import Lab
-from precision.settings import SEQUENTIAL
 
 TEXT_TOKENS = 5000
 FIRST = "the first edit's requests"
@@ -26,7 +25,6 @@ def sequential(lab: Lab, config: PKEConfig) -> Value:
     Returns:
         ``{"edits": [{"refused": {set: share}, "perplexity", "change", "seconds"}]}``; the first entry is before any.
     """
-    config = config.replace(**SEQUENTIAL)
     count, requests = lab.sets.sizes.edits, lab.sets.sizes.requests_an_edit
     drawn = random.Random(config.seed).sample(lab.sets.requests, min(len(lab.sets.requests), count * requests))
     shares = [drawn[i * requests : (i + 1) * requests] for i in range(count)]

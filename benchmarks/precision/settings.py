@@ -16,7 +16,8 @@ class Setting:
     """One way to edit.
 
     Attributes:
-        changes: to the preset of its method.
+        changes: to the preset.
+        preset: one of `PRESETS`.
         seeds: it is made once with each; the worst one counts.
         by: who edits: this package, or LoRA by plain torch under the same losses.
         thorough: on the sets as they are, the first seed's answers made whole, and with ability, perplexity and KL.
@@ -25,6 +26,7 @@ class Setting:
     """
 
     changes: dict[str, Any] = field(default_factory=dict)
+    preset: str = "pke"
     seeds: tuple[int, ...] = (0,)
     by: Literal["pke_fast", "lora"] = "pke_fast"
     thorough: bool = False
@@ -32,30 +34,28 @@ class Setting:
     def config(self, structure: Structure, seed: int) -> PKEConfig:
         """Its settings for a model."""
         changes = dict(self.changes)
-        config = PKEConfig.preset(changes.pop("method", "pke"))
         every = changes.get("k") == ALL
         if every:
             changes.pop("k")
-        config = config.replace(**changes, seed=seed)
+        config = PKEConfig.preset(self.preset).replace(**changes, seed=seed)
         first, end = config.layer_window(len(structure.layers))
         return config.replace(k=(end - first) * structure.neurons, per_layer_cap=None) if every else config
 
 
 DEFAULT = "default"
+DRAFT = "draft"  # edits that are made one after another are made with it
 
 # The first is what a user gets; the others are the ablation.
 SETTINGS: dict[str, Setting] = {
     DEFAULT: Setting(seeds=(0, 1, 2), thorough=True),
+    DRAFT: Setting(preset="pke-fast-draft"),
     "down only": Setting({"projections": ["down"]}),
     "random neurons": Setting({"score": "random"}),
     "all neurons of the window": Setting({"k": ALL}),
     "LoRA of equal rank": Setting({"lr": 1e-3}, by="lora"),
-    "dinm": Setting({"method": "dinm"}),
-    "dinm-parity": Setting({"method": "dinm-parity"}),
+    "dinm": Setting(preset="dinm"),
+    "dinm-parity": Setting(preset="dinm-parity"),
 }
-
-# Short edits, one after another.
-SEQUENTIAL: dict[str, Any] = {"num_steps": 16, "companions": 64, "shipped_pairs": 256}
 
 # With kinds held out in turn: what keeps an edit from adding requests of its own, of the kind that is held out.
 KINDS: dict[str, Any] = {}

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from pke_fast import __version__
+from pke_fast.config import PRESETS
 
 PHRASES = "advbench, jailbreakbench, xstest"
 MODEL = "a hub id, a local folder, a .gguf file, or smollm2 (the embedded default)"
@@ -73,7 +74,7 @@ def _json(parser: Any) -> None:
 
 
 def _settings(parser: Any) -> None:
-    parser.add_argument("--config", metavar="YAML", help="a file of settings")
+    parser.add_argument("--config", metavar="YAML", help=f"a file of settings, or a preset: {', '.join(PRESETS)}")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; may be repeated")
 
 
