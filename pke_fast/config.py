@@ -92,7 +92,7 @@ class PKEConfig:
     score_requests: int = 256
     score_pairs: int = 128
     companions: int = 256
-    shipped_pairs: int = 640
+    shipped_pairs: int = 1400
     framed: float = 0.1
     detectors: bool = True
     num_steps: int = 24
@@ -237,7 +237,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"can't read settings: {path}", got=error.strerror, do=f"name a file that is there, or a preset: {', '.join(PRESETS)}") from error
+        raise InputError(
+            f"can't read settings: {path}",
+            got=error.strerror,
+            do=f"name a file that is there, or a preset: {', '.join(PRESETS)}",
+        ) from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"settings in {path} are not YAML", got=str(error)) from error
     if not isinstance(loaded or {}, dict):

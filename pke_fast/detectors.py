@@ -152,8 +152,8 @@ class Detectors:
             bad, good = harmful[:, nth].float(), benign[:, nth].float()
             made.append(_fitted(detector, bad, good, pull.direction(nth), pull.size(nth)))
             advance(1)
-        tried = []
-        for gain in GAINS:
+        tried: list[tuple[float, float]] = []
+        for nth, gain in enumerate(GAINS):
             for detector, (row, gate, up, down) in zip(self._detectors, made, strict=True):
                 if gain:
                     detector.gate.put(row, gate)
@@ -161,6 +161,9 @@ class Detectors:
                         detector.up.put(row, up)
                     detector.down.put(row, gain * down)
             tried.append((loss(), gain))
+            if nth and tried[-1][0] > tried[-2][0]:  # more of it is too much from there on
+                advance(len(GAINS) - nth)
+                break
             advance(1)
         best = min(tried)[1]
         for detector, (row, *_, down) in zip(self._detectors, made, strict=True):

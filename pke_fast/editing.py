@@ -34,6 +34,7 @@ GENTLY = 0.3  # of it after detectors: large steps would undo what they know bef
 GENTLER = "lower lr (--set lr=...), or load the model in fp32 or bf16"
 STEPS = "Editing the hot spots"  # the stage that advances by steps
 BEGIN_MINIBATCHES = 2  # of each side, that detectors are aimed and weighed by
+SAMPLE = 256  # requests and pairs that the losses before and after are measured on
 STOP_WINDOW = 4  # steps in the running means that stop an edit
 
 
@@ -49,7 +50,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Losses:
-    """Mean loss of the safe answers over all requests, and mean KL over all locality pairs.
+    """Mean loss of the safe answers over requests, and mean KL over locality pairs.
 
     Both weigh an answer's first token by `first_token_weight`; the KL has that at the prompts' held tokens added to it,
     weighed by `w_prompt`.
@@ -66,7 +67,8 @@ class Outcome:
     Attributes:
         layers: old and new weights of the hot spots, as a patch keeps them.
         steps: the learning curve.
-        before, after: the losses over everything, `after` with the weights in the model's own dtype.
+        before, after: the losses over at least SAMPLE of either side, or all, `after` with the weights in the model's
+            own dtype.
         stopped: why it stopped, in words.
     """
 
@@ -109,7 +111,7 @@ class Trainer:
         locality: benign prompts with the answers that must not move; may be empty.
         pace: how many tokens at once, and how many layers keep their graph in a step.
         ranks: each takes its share of every minibatch; the losses and the columns' gradients are added up.
-        detectors: see the MLPs' inputs of the unedited model on all sequences, while the losses before are measured.
+        detectors: see the MLPs' inputs of the unedited model on all sequences, those of the requests in `edit_loss`.
     """
 
     def __init__(
@@ -249,26 +251,33 @@ class Trainer:
         return gain
 
     def edit_loss(self, advance: Callable[[int], None] = lambda _n: None) -> float:
-        """The mean loss of the safe answers over all requests, with the weights as they are."""
-        return self._over_all(self.requests, False, advance)
+        """The mean loss of the safe answers over a sample of the requests, with the weights as they are; all of the
+        requests run while detectors watch."""
+        return self._mean_loss(self.requests, False, advance)
 
-    def _over_all(self, minibatches: list[_Minibatch], base: bool, advance: Callable[[int], None]) -> float:
+    def sampled(self) -> tuple[int, int]:
+        """On how many requests and pairs the losses are measured."""
+        requests, pairs = (sum(m.size for m in _sample(side)) for side in (self.requests, self.locality))
+        return requests, pairs
+
+    def _mean_loss(self, minibatches: list[_Minibatch], base: bool, advance: Callable[[int], None]) -> float:
+        sample = _sample(minibatches)
         total = torch.zeros((), device=self.structure.head_device)
-        for minibatch in minibatches:
-            total += minibatch.size * self._slower_if_it_must(
-                partial(self._loss, minibatch, base), "measuring the losses"
-            )
+        for minibatch in minibatches if self._watching else sample:
+            loss = self._slower_if_it_must(partial(self._loss, minibatch, base), "measuring the losses")
+            if minibatch.number < len(sample):
+                total += minibatch.size * loss
             advance(minibatch.size)
         self.ranks.add_up(total)
-        return float(total) / max(1, sum(minibatch.size for minibatch in minibatches))
+        return float(total) / max(1, sum(minibatch.size for minibatch in sample))
 
     def final_losses(self, advance: Callable[[int], None] = lambda _n: None) -> Losses:
-        """Both losses over everything, with the weights as they will stay.
+        """Both losses over a sample of each side, with the weights as they will stay.
 
         Raises:
             EditError: one of them isn't finite.
         """
-        losses = Losses(self.edit_loss(advance), self._over_all(self.locality, True, advance))
+        losses = Losses(self.edit_loss(advance), self._mean_loss(self.locality, True, advance))
         if not math.isfinite(losses.edit + losses.kl):
             raise EditError(f"the edited model's loss is {losses.edit}; the weights were put back", do=GENTLER)
         return losses
@@ -327,6 +336,11 @@ class Trainer:
         return minibatches[number % len(minibatches)]
 
 
+def _sample(minibatches: list[_Minibatch]) -> list[_Minibatch]:
+    """As many as hold SAMPLE sequences. The sequences were shuffled, so the first will do."""
+    return minibatches[: -(-SAMPLE // minibatches[0].size)] if minibatches else []
+
+
 def _good_enough(recent: Sequence[Step], config: PKEConfig) -> bool:
     edit, kl = (sum(values) / STOP_WINDOW for values in ([s.edit for s in recent], [s.kl for s in recent]))
     return len(recent) == STOP_WINDOW and edit < config.stop_loss and kl < config.stop_kl
@@ -373,7 +387,8 @@ def edit_columns(
                 ranks=ranks,
                 detectors=detectors,
             )
-        with stage("Measuring the losses before", len(requests)) as advance:
+        requests_sampled, pairs_sampled = trainer.sampled()
+        with stage("Measuring the losses before", len(requests) if detectors else requests_sampled) as advance:
             before = Losses(trainer.edit_loss(advance), 0.0)  # the KL of a model to itself
         if detectors:
             with stage("Beginning with detectors", detectors.stages) as advance:
@@ -390,7 +405,7 @@ def edit_columns(
         stopped = f"all {config.num_steps} steps were made"
         if _good_enough(steps[-STOP_WINDOW:], config):
             stopped = f"over {STOP_WINDOW} steps, the losses fell below stop_loss and stop_kl"
-        with stage("Measuring the losses after", len(requests) + len(locality)) as advance:
+        with stage("Measuring the losses after", requests_sampled + pairs_sampled) as advance:
             after = trainer.final_losses(advance)
         return Outcome(tuple(column.patch() for column in columns), tuple(steps), before, after, stopped)
 

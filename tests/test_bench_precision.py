@@ -26,9 +26,7 @@ from pke_fast.requests import EditRequest
 from pke_fast.structure import find_structure
 from pke_fast.testing import CONTEXT, LAYERS, NEURONS, tiny_model, tiny_tokenizer
 
-SIZES = Sizes(
-    edited=3, standard=2, attacks=5, wrapped=3, dolly=4, kl=2, edits=2, requests_an_edit=2, short=2, short_wrapped=2
-)
+SIZES = Sizes(edited=3, standard=2, attacks=5, wrapped=3, dolly=4, kl=2, edits=2, requests_an_edit=2, short=2)
 QUICK: dict[str, Any] = {
     "k": 10, "num_steps": 2, "batch_size": 2, "locality_batch_size": 2, "window": [1, LAYERS], "locality_tokens": 2
 }  # fmt: skip

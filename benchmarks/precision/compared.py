@@ -6,29 +6,24 @@ from collections.abc import Mapping
 
 from precision import fronts
 from precision.figures import NONE, Found, ability, kl, minutes, percent, perplexity, rate, table
-from precision.measure import JUDGE
 from precision.sequential import FIRST
-from precision.sets import ALIKE, ATTACKS, BENIGN, DOLLY, SAFE, UNSAFE, WRAPPED
+from precision.sets import ALIKE, ATTACKS, BENIGN, DOLLY, SAFE, UNSAFE
 from precision.settings import Setting
 
 
 def ablation_table(found: Found, settings: Mapping[str, Setting]) -> str:
     """Every setting as it was edited."""
+    sets = (ATTACKS, UNSAFE, DOLLY, SAFE, ALIKE, BENIGN)
     rows = []
     for name, setting in settings.items():
-        for seed in setting.seeds:
-            run = f"{name}-{seed}"
-            edit, answers = found.get(f"edit, {run}"), found.get(f"answers, {run}")
-            if edit is None:
-                continue
-            cells = []
-            for part in (ATTACKS, WRAPPED, UNSAFE, DOLLY, SAFE, ALIKE, BENIGN):
-                counted = answers["sets"][part] if answers else None
-                refused = counted and counted["refused"][JUDGE] / counted["n"]
-                cells.append(NONE if counted is None else percent(refused))
-            changed = [f"{edit['neurons']:,} ({percent(edit['share'])})", f"{edit['change']:.2f}"]
-            rows.append([run, *cells, *changed, minutes(edit["seconds"])])
-    sets = (ATTACKS, WRAPPED, UNSAFE, DOLLY, SAFE, ALIKE, BENIGN)
+        run = f"{name}-{setting.seeds[0]}"
+        edit, front = found.get(f"edit, {run}"), found.get(f"front, {run}")
+        if edit is None:
+            continue
+        refused = fronts.rates(front["scales"]["1"]) if front else {}
+        cells = [percent(refused[part]) if refused else NONE for part in sets]
+        changed = [f"{edit['neurons']:,} ({percent(edit['share'])})", f"{edit['change']:.2f}"]
+        rows.append([run, *cells, *changed, minutes(edit["seconds"])])
     return table(["refused by", *sets, "neurons", "norm of the change", "time"], rows)
 
 

@@ -22,7 +22,7 @@ from pke_fast.workbench import Workbench
 from precision.cells import Value
 from precision.lab import Lab, applied
 from precision.measure import prompting
-from precision.sets import ATTACKS, WRAPPED
+from precision.sets import ATTACKS
 
 SCALES = (0.4, 0.6, 0.8, 1.0, 1.25, 1.5)
 TOKENS = 3  # of the refusal
@@ -61,12 +61,6 @@ class Cheap:
         return {name: [next(verdicts) for _ in prompts] for name, prompts in self.sets.items()}
 
 
-def short_sets(lab: Lab) -> dict[str, list[str]]:
-    """The sets that fronts are drawn on: those in templates are left out, being long."""
-    attacks, benign = lab.sets.shortened()
-    return {name: prompts for name, prompts in {**attacks, **benign}.items() if name != WRAPPED}
-
-
 def _unedited(lab: Lab, cheap: Cheap, key: Any) -> dict[str, list[int]]:
     """At scale 0, measured once."""
     if key not in lab.memory:
@@ -77,7 +71,7 @@ def _unedited(lab: Lab, cheap: Cheap, key: Any) -> dict[str, list[int]]:
 
 def front(lab: Lab, name: str, patch: Patch, sha: str, config: PKEConfig) -> Value:
     """``{"scales": {scale: {set: verdicts}}}`` of a patch that isn't applied."""
-    sets = short_sets(lab)
+    sets = lab.sets.shortened()
     inputs = [lab.base, sha, prompting(config), config.refusal, sets, SCALES]
 
     def make() -> Value:

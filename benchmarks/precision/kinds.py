@@ -40,7 +40,7 @@ def held_out(lab: Lab, config: PKEConfig) -> list[Value]:
 
 
 def _without(lab: Lab, config: PKEConfig, kind: str, requests: list[EditRequest], prompts: list[str]) -> Value:
-    _, benign = lab.sets.shortened()
+    benign = {name: prompts for name, prompts in lab.sets.shortened().items() if name in lab.sets.benign}
     shown = [dataclasses.asdict(request) for request in requests]
     inputs = [lab.edited_on, config.as_dict(), shown, prompts, benign]
 

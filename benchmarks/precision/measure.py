@@ -22,19 +22,15 @@ JUDGES = ("xstest", "advbench", "jailbreakbench")
 JUDGE = JUDGES[0]  # whose rates stand in the tables: it misses the fewest jailbroken answers (docs/evaluation.md)
 
 
-def answers(
-    lab: Lab, name: str, patch: Patch | None, sha: str, config: PKEConfig, *, whole: bool, fewer: bool = False
-) -> Value:
+def answers(lab: Lab, name: str, patch: Patch | None, sha: str, config: PKEConfig, *, whole: bool) -> Value:
     """Refusals of every set by the judges: ``{"sets": {set: {"n", "refused": {judge: n}, "degenerate", "verdicts"}}}``.
 
     Args:
         sha: of the patch's file.
         whole: make answers whole and judge them by every list; else each ends once XSTest's rule has its verdict, and
             whether it is degenerate isn't known.
-        fewer: fewer prompts of each set.
     """
-    attacks, benign = lab.sets.shortened() if fewer else (lab.sets.attacks, lab.sets.benign)
-    sides = {"harmful": attacks, "benign": benign}
+    sides = {"harmful": lab.sets.attacks, "benign": lab.sets.benign}
     judges = JUDGES if whole else JUDGES[:1]
     inputs = [lab.base, sha, prompting(config), sides, judges, lab.max_new_tokens]
 

@@ -87,8 +87,8 @@ def _parts(lab: Lab, settings: Mapping[str, Setting], kinds: bool) -> list[Calla
     parts += [lambda: _compared(lab, DEFAULT, default, default.seeds[0])]
     for name, setting in others.items():
         for seed in setting.seeds:
-            parts.append(lambda n=name, st=setting, s=seed: _answered(lab, n, st, s))
             if setting.thorough:
+                parts.append(lambda n=name, st=setting, s=seed: _answered(lab, n, st, s))
                 parts.append(lambda n=name, st=setting, s=seed: _damaged(lab, n, st, s))
         parts.append(lambda n=name, st=setting: _compared(lab, n, st, st.seeds[0]))
     parts.append(lambda: sequential(lab, settings.get(DRAFT, default).config(lab.structure, 0)))
@@ -105,8 +105,7 @@ def called(name: str, seed: int) -> str:
 def _answered(lab: Lab, name: str, setting: Setting, seed: int) -> None:
     value, patch = edit(lab, called(name, seed), setting, seed)
     config = setting.config(lab.structure, seed)
-    whole = setting.thorough and seed == setting.seeds[0]
-    measures.answers(lab, called(name, seed), patch, value["sha"], config, whole=whole, fewer=not setting.thorough)
+    measures.answers(lab, called(name, seed), patch, value["sha"], config, whole=seed == setting.seeds[0])
 
 
 def _damaged(lab: Lab, name: str, setting: Setting, seed: int) -> None:

@@ -29,7 +29,7 @@ def sequential(lab: Lab, config: PKEConfig) -> Value:
     drawn = random.Random(config.seed).sample(lab.sets.requests, min(len(lab.sets.requests), count * requests))
     shares = [drawn[i * requests : (i + 1) * requests] for i in range(count)]
     shares = [share for share in shares if share]
-    sets = fronts.short_sets(lab) | {FIRST: [request.prompt for request in shares[0]]}
+    sets = lab.sets.shortened() | {FIRST: [request.prompt for request in shares[0]]}
     inputs = [lab.edited_on, config.as_dict(), [[r.prompt for r in share] for share in shares], sets, TEXT_TOKENS]
 
     def make() -> Value:

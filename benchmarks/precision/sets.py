@@ -45,7 +45,6 @@ class Sizes:
     edits: int = 10
     requests_an_edit: int = 32
     short: int = 100
-    short_wrapped: int = 40
     seed: int = 0
 
 
@@ -74,12 +73,9 @@ class Sets:
     sizes: Sizes
     notes: dict[str, Any] = field(default_factory=dict)
 
-    def shortened(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-        """Attacks and harmless prompts, fewer of every set, for settings that aren't measured thoroughly."""
-        most = {WRAPPED: self.sizes.short_wrapped}
-        sides = (self.attacks, self.benign)
-        attacks, benign = ({n: evenly(p, most.get(n, self.sizes.short)) for n, p in side.items()} for side in sides)
-        return attacks, benign
+    def shortened(self) -> dict[str, list[str]]:
+        """Fewer prompts of every set, for fronts; those in templates are left out, being long."""
+        return {name: evenly(prompts, self.sizes.short) for name, prompts in self.all.items() if name != WRAPPED}
 
     @property
     def all(self) -> dict[str, list[str]]:

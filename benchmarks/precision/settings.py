@@ -20,13 +20,12 @@ class Setting:
         preset: one of `PRESETS`.
         seeds: it is made once with each; the worst one counts.
         by: who edits: this package, or LoRA by plain torch under the same losses.
-        thorough: on the sets as they are, the first seed's answers made whole, and with ability, perplexity and KL.
-            Else on fewer prompts, answers end once XSTest's rule has its verdict, and the rest is measured at the
-            point of equal attack success alone.
+        thorough: all is measured on it as it is: answers to every set, the first seed's made whole, ability,
+            perplexity and KL. Else the front alone, and what is broken at the point of equal attack success.
     """
 
     changes: dict[str, Any] = field(default_factory=dict)
-    preset: str = "pke"
+    preset: str = "pke-fast-draft"
     seeds: tuple[int, ...] = (0,)
     by: Literal["pke_fast", "lora"] = "pke_fast"
     thorough: bool = False
@@ -45,10 +44,10 @@ class Setting:
 DEFAULT = "default"
 DRAFT = "draft"  # edits that are made one after another are made with it
 
-# The first is what a user gets; the others are the ablation.
+# The first is what a user gets; the others are the ablation: the draft, and what changes one thing in it.
 SETTINGS: dict[str, Setting] = {
-    DEFAULT: Setting(seeds=(0, 1, 2), thorough=True),
-    DRAFT: Setting(preset="pke-fast-draft"),
+    DEFAULT: Setting(preset="pke", seeds=(0, 1, 2), thorough=True),
+    DRAFT: Setting(),
     "down only": Setting({"projections": ["down"]}),
     "random neurons": Setting({"score": "random"}),
     "all neurons of the window": Setting({"k": ALL}),

@@ -169,9 +169,13 @@ def settings_made(found: Found, settings: Mapping[str, Setting]) -> str:
     if edit is None:
         return ""
     lines = [f"{name}: {json.dumps(value)}" for name, value in edit["settings"].items()]
-    others = [f"{name}: {json.dumps(s.changes)}, by {s.by}" for name, s in settings.items() if name != DEFAULT]
+    others = [
+        f"{name}: {s.preset} {json.dumps(s.changes)}, by {s.by}" for name, s in settings.items() if name != DEFAULT
+    ]
     text = "The default configuration:\n\n```yaml\n" + "\n".join(lines) + "\n```"
-    return text + "\n\nThe others change:\n\n```yaml\n" + "\n".join(others) + "\n```" if others else text
+    if not others:
+        return text
+    return text + "\n\nThe others, by preset and what is changed in it:\n\n```yaml\n" + "\n".join(others) + "\n```"
 
 
 def notes(found: Found, sets: Sets) -> str:
