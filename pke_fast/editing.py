@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pke_fast.batches import Batch, pack
+from pke_fast.beginning import beginning_of
 from pke_fast.columns import Columns, columns_of, gradients_into, put_back_on_failure
 from pke_fast.config import PKEConfig
 from pke_fast.detectors import Detectors, Pull
@@ -102,7 +103,7 @@ class _Minibatch:
 
 
 class Trainer:
-    """The prefix cache and the losses of one edit.
+    """What enters the lowest edited layer, and the losses of one edit.
 
     The layers below the lowest edited one run once, here; every step replays the layers above.
 
@@ -112,6 +113,7 @@ class Trainer:
         pace: how many tokens at once, and how many layers keep their graph in a step.
         ranks: each takes its share of every minibatch; the losses and the columns' gradients are added up.
         detectors: see the MLPs' inputs of the unedited model on all sequences, those of the requests in `edit_loss`.
+        below: as for `record`.
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class Trainer:
         pace: Pace | None = None,
         ranks: Ranks = ALONE,
         detectors: Detectors | None = None,
+        below: Callable[[Batch], Tensor] | None = None,
     ) -> None:
         self.structure, self.columns, self.config, self.ranks = structure, columns, config, ranks
         self._watching = detectors.watching if detectors else None
@@ -136,6 +139,7 @@ class Trainer:
         self.begun = False  # with detectors
         self._shuffle = random.Random(config.seed)
         self._pad_id = pad_id
+        self._below = below
         self.requests: list[_Minibatch] = []
         self.locality: list[_Minibatch] = []
         self._add(self.requests, requests, config.batch_size, advance, base=False)
@@ -157,7 +161,7 @@ class Trainer:
         minibatch.tapes = []
         found: dict[int, Tensor] = {}
         for batch in pack(minibatch.sequences, self.pace.tokens, self._pad_id):
-            tape = record(self.structure, batch, self._first)
+            tape = record(self.structure, batch, self._first, self._below)
             minibatch.tapes.append(tape)
             if base:
                 counts = [len(minibatch.sequences[row].supervised) for row in batch.rows]
@@ -375,6 +379,7 @@ def edit_columns(
         kept = snapshot.load()
         detectors = Detectors(structure, columns, config, ranks) if locality and kept is None else None
         with stage("Running the layers below, once", len(requests) + len(locality)) as advance:
+            beginning = beginning_of(structure, [*requests, *locality], min(c.layer for c in columns), pad_id)
             trainer = Trainer(
                 structure,
                 columns,
@@ -386,6 +391,7 @@ def edit_columns(
                 pace=pace,
                 ranks=ranks,
                 detectors=detectors,
+                below=beginning.go_on if beginning else None,
             )
         requests_sampled, pairs_sampled = trainer.sampled()
         with stage("Measuring the losses before", len(requests) if detectors else requests_sampled) as advance:

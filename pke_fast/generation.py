@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -13,11 +14,16 @@ from torch import nn
 from pke_fast.encoding import PromptEncoder
 from pke_fast.errors import InputError
 from pke_fast.placement import input_device
+from pke_fast.prefix import Prefix, common
 
 # Tokens (prompt, answer and padding) in one batch of the default size: 1 GiB of keys and values on Llama-3-8B in bf16.
 TOKENS_AT_ONCE = 8192
 ROWS_ON_CPU, ROWS_ON_GPU = 32, 64
 CHECK_EVERY = 4  # tokens between two looks at whether an answer may end
+MANY = 16  # prompts for which it pays to run what all begin with once
+CHECKED = 2  # tokens by which it is seen that the model goes on from it as if it had run whole
+
+LOG = logging.getLogger(__name__)
 
 
 def generate(
@@ -74,12 +80,13 @@ def generate(
     stop = None if decided is None else lambda ids: decided(text(ids))
 
     with evaluating(model):
+        prefix = _prefix(encoded, model, min(rooms, default=0), ends, pad)
         for planned in _batches(encoded, rooms, batch_size):
             batch = [index for index in planned if index not in answers]
             if not batch:
                 continue
             settings = _settings(rooms[batch[0]], ends, pad)
-            found = _answer([encoded[i] for i in batch], model, settings, pad, stop)
+            found = _answer([encoded[i] for i in batch], model, settings, pad, stop, prefix)
             made = {index: text(ids) for index, ids in zip(batch, found, strict=True)}
             answers |= made
             if finished is not None:
@@ -154,20 +161,51 @@ def _settings(max_new_tokens: int, ends: list[int], pad: int) -> Any:
 Stop = Callable[[list[int]], bool]
 
 
-def _answer(rows: list[list[int]], model: Any, settings: Any, pad: int, stop: Stop | None = None) -> list[list[int]]:
+def _prefix(encoded: list[list[int]], model: Any, room: int, ends: list[int], pad: int) -> Prefix | None:
+    """What all prompts begin with; None where that saves little, or where two of them would be answered otherwise."""
+    shared = common(encoded) if len(encoded) >= MANY else ()
+    if not shared:
+        return None
+    by_length = sorted(encoded, key=len)
+    two = [by_length[0], by_length[len(by_length) // 2]]
+    settings = _settings(min(room, CHECKED), ends, pad)
+    whole = _answer(two, model, settings, pad)
+    try:
+        prefix = Prefix.of(model, shared, input_device(model))
+        apart = _answer(two, model, settings, pad, prefix=prefix)
+    except Exception as error:  # noqa: BLE001  whatever a model of another making says to a cache
+        LOG.info("every prompt runs whole: %s", error)
+        return None
+    if apart != whole:
+        LOG.info("every prompt runs whole: after their beginning, answers differ")
+        return None
+    return prefix
+
+
+def _answer(
+    rows: list[list[int]],
+    model: Any,
+    settings: Any,
+    pad: int,
+    stop: Stop | None = None,
+    prefix: Prefix | None = None,
+) -> list[list[int]]:
     """Ids of the answers to a batch of encoded prompts, filled with whatever comes after their end."""
-    longest = max(len(row) for row in rows)
+    longest, lead = max(len(row) for row in rows), len(prefix) if prefix else 0
     ids = torch.full((len(rows), longest), pad, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):
-        ids[index, longest - len(row) :] = torch.tensor(row)
-        mask[index, longest - len(row) :] = 1
+        for part, end in ((row[:lead], lead), (row[lead:], longest)):  # padding goes between what is kept and the rest
+            ids[index, end - len(part) : end] = torch.tensor(part)
+            mask[index, end - len(part) : end] = 1
     # In place of the model's own too: transformers 4.50 and later merge those into the settings that `generate` gets.
     own, model.generation_config = model.generation_config, settings
     stopped: dict[int, int] = {}
-    more = {} if stop is None else {"stopping_criteria": _criteria(stop, longest, stopped)}
+    more: dict[str, Any] = {} if stop is None else {"stopping_criteria": _criteria(stop, longest, stopped)}
     at = input_device(model)
     try:
+        if prefix:
+            more["past_key_values"] = prefix.rows(len(rows))
         output = model.generate(input_ids=ids.to(at), attention_mask=mask.to(at), generation_config=settings, **more)
         return [row[: stopped.get(index)] for index, row in enumerate(output[:, longest:].tolist())]
     except torch.cuda.OutOfMemoryError:
@@ -176,7 +214,8 @@ def _answer(rows: list[list[int]], model: Any, settings: Any, pad: int, stop: St
     finally:
         model.generation_config = own
     half = len(rows) // 2
-    return _answer(rows[:half], model, settings, pad, stop) + _answer(rows[half:], model, settings, pad, stop)
+    parts = (_answer(part, model, settings, pad, stop, prefix) for part in (rows[:half], rows[half:]))
+    return [answer for part in parts for answer in part]
 
 
 def _criteria(stop: Stop, prompt_length: int, stopped: dict[int, int]) -> Any:

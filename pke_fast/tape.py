@@ -114,10 +114,13 @@ class Tape:
 
 
 @torch.no_grad()
-def record(structure: Structure, batch: Batch, first: int = 0) -> Tape:
+def record(structure: Structure, batch: Batch, first: int = 0, below: Callable[[Batch], Tensor] | None = None) -> Tape:
     """Runs the model's own forward up to the layer `first`, and records the calls from there on.
 
     The layers from `first` on are passed over: their calls are kept, not their work.
+
+    Args:
+        below: makes what enters `first`, [B, T, d], in place of the layers below it.
     """
     batch = batch.to(structure.device)
     calls: list[Call] = []
@@ -132,10 +135,10 @@ def record(structure: Structure, batch: Batch, first: int = 0) -> Tape:
     upper = list(structure.layers)[first:]
     with (
         hooks(*(layer.register_forward_pre_hook(keep_call, with_kwargs=True) for layer in upper)),
-        passed_over(structure, range(first, len(structure.layers))),
+        passed_over(structure, range(0 if below else first, len(structure.layers))),
     ):
         structure.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    return Tape(structure, batch, first, calls, entered[0])
+    return Tape(structure, batch, first, calls, below(batch) if below else entered[0])
 
 
 @contextmanager

@@ -1,0 +1,151 @@
+"""What all sequences begin with runs once: the rest goes on from it as if it had run whole, or it isn't done."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from pke_fast import generation
+from pke_fast.batches import pack
+from pke_fast.beginning import beginning_of
+from pke_fast.config import PKEConfig
+from pke_fast.editing import edit_columns
+from pke_fast.encoding import Encoded, PromptEncoder
+from pke_fast.generation import generate
+from pke_fast.prefix import LEAST, Prefix, common
+from pke_fast.structure import find_structure
+from pke_fast.tape import record
+from pke_fast.testing import CONTEXT, FAMILIES, tiny_model, tiny_tokenizer
+
+PAD = 259
+START = tuple(range(40, 52))
+
+
+@pytest.fixture
+def alike(sequences):
+    """Sequences that begin alike, of several lengths."""
+
+    def make(n: int, seed: int = 0) -> list[Encoded]:
+        found = sequences(n, seed)
+        return [Encoded((*START, *s.ids), len(START) + s.prompt_length) for s in found]
+
+    return make
+
+
+def test_what_is_common():
+    assert common([(*START, 1, 2), (*START, 1), (*START, 3)]) == START
+    assert common([(*START, 1), START]) == START[:-1]  # something is left of each
+    assert common([(*START[: LEAST - 1], 1), (*START[: LEAST - 1], 2)]) == ()
+    assert common([(*START, 1)]) == ()
+    assert common([]) == ()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_rest_goes_on_as_if_it_had_run_whole(family, dtype, alike):
+    structure = find_structure(tiny_model(family, dtype=dtype).requires_grad_(False))
+    examples = alike(9)
+    beginning = beginning_of(structure, examples, 2, PAD)
+    assert beginning is not None
+    assert len(beginning) >= len(START)
+    batches = pack(examples, 100, PAD)
+    assert len(batches) > 1
+    for batch in batches * 2:  # what is kept isn't used up
+        whole, ours = record(structure, batch, 2), record(structure, batch, 2, beginning.go_on)
+        real = batch.attention_mask.bool()
+        assert ours.entered.shape == whole.entered.shape
+        apart = (ours.entered - whole.entered)[real].float().norm() / whole.entered[real].float().norm()
+        assert apart < (1e-5 if dtype == "fp32" else 2e-2)
+        tops = [tape.supervised(tape.run()).float() for tape in (whole, ours)]  # and the layers above go on from there
+        assert torch.allclose(*tops, rtol=1e-3, atol=1e-4) if dtype == "fp32" else torch.isfinite(tops[1]).all()
+
+
+def test_nothing_is_kept_where_it_would_not_pay(sequences, alike):
+    structure = find_structure(tiny_model("llama").requires_grad_(False))
+    assert beginning_of(structure, sequences(5), 2, PAD) is None  # they don't begin alike
+    assert beginning_of(structure, alike(5), 0, PAD) is None  # there are no layers below
+    assert beginning_of(structure, alike(1), 2, PAD) is None
+
+
+def spoil(monkeypatch, how, model, ids):
+    """Makes going on fail, or attend to another beginning than there was."""
+    whole, other = Prefix.rows, Prefix.of(model, ids[::-1], torch.device("cpu"))
+
+    def rows(_self, count):
+        if how == "raises":
+            raise TypeError("no such cache")
+        return whole(other, count)
+
+    monkeypatch.setattr(Prefix, "rows", rows)
+
+
+@pytest.mark.parametrize("how", ["raises", "is wrong"])
+def test_a_model_that_does_not_go_on_alike_runs_whole(how, alike, monkeypatch, caplog):
+    structure = find_structure(tiny_model("llama").requires_grad_(False))
+    spoil(monkeypatch, how, structure.base, START)
+    with caplog.at_level(logging.INFO, logger="pke_fast"):
+        assert beginning_of(structure, alike(5), 2, PAD) is None
+    assert "every sequence runs whole" in caplog.text
+
+
+def test_an_edit_is_the_same(alike, monkeypatch):
+    config = PKEConfig(num_steps=4, batch_size=2, locality_batch_size=3, detectors=False)
+    spots = {1: torch.arange(3), 2: torch.arange(4)}
+
+    def edited():
+        structure = find_structure(tiny_model("llama").requires_grad_(False))
+        outcome = edit_columns(
+            structure, spots, alike(4), alike(6, seed=1), config, pad_id=PAD, stage=lambda *_: _Stage()
+        )
+        return outcome, torch.cat([(part.new - part.old).flatten() for part in outcome.layers])
+
+    ours, change = edited()
+    monkeypatch.setattr("pke_fast.editing.beginning_of", lambda *_: None)
+    whole, truth = edited()
+    assert len(ours.steps) == len(whole.steps) == 4
+    for a, b in zip(ours.steps, whole.steps, strict=True):
+        assert a.loss == pytest.approx(b.loss, rel=1e-4)
+    assert (change - truth).norm() < 1e-2 * truth.norm()
+
+
+class _Stage:
+    def __enter__(self):
+        return lambda _n: None
+
+    def __exit__(self, *_):
+        return None
+
+
+PROMPTS = [f"{'abc ' * (i % 5)}number {i}" for i in range(20)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_the_same(family, monkeypatch):
+    model, tokenizer = tiny_model(family), tiny_tokenizer()
+    encoder = PromptEncoder(tokenizer, PKEConfig(system_prompt="You are of much help."), CONTEXT)
+    used = []
+    whole = Prefix.rows
+    monkeypatch.setattr(Prefix, "rows", lambda self, count: used.append(count) or whole(self, count))
+    ours = generate(model, tokenizer, encoder, PROMPTS, max_new_tokens=6, batch_size=7)
+    assert used == [2, 7, 7, 6]  # two by which it is checked, then every batch
+    monkeypatch.setattr(generation, "MANY", 100)
+    assert generate(model, tokenizer, encoder, PROMPTS, max_new_tokens=6, batch_size=7) == ours
+    assert used == [2, 7, 7, 6]
+    assert len(set(ours)) > 5
+
+
+@pytest.mark.parametrize("how", ["raises", "is wrong"])
+def test_a_model_that_answers_otherwise_runs_whole(how, monkeypatch, caplog):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    encoder = PromptEncoder(tokenizer, PKEConfig(system_prompt="You are of much help."), CONTEXT)
+    monkeypatch.setattr(generation, "MANY", 100)
+    truth = generate(model, tokenizer, encoder, PROMPTS, max_new_tokens=4)
+    monkeypatch.setattr(generation, "MANY", 16)
+    spoil(monkeypatch, how, model, common([encoder.prompt_ids(prompt) for prompt in PROMPTS]))
+    own = model.generation_config
+    with caplog.at_level(logging.INFO, logger="pke_fast"):
+        assert generate(model, tokenizer, encoder, PROMPTS, max_new_tokens=4) == truth
+    assert "every prompt runs whole" in caplog.text
+    assert model.generation_config is own
