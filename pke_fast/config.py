@@ -95,7 +95,7 @@ class PKEConfig:
     shipped_pairs: int = 1400
     framed: float = 0.1
     detectors: bool = True
-    num_steps: int = 24
+    num_steps: int = 36
     batch_size: int = 16
     locality_batch_size: int = 48
     lr: float | None = None
