@@ -36,6 +36,9 @@ def edit_summary(console: Console, report: Mapping[str, Any], folder: Path, *, r
     refused = (report.get("requests") or {}).get("already_refused")
     if refused:
         _print(console, f"{refused:,} requests were left out: the model refuses them already.", indent=2)
+    held = (report.get("requests") or {}).get("held_out")
+    if held:
+        _print(console, f"{held:,} requests were held out of the edit, to measure it.", indent=2)
     evaluated = report.get("evaluation")
     if evaluated:
         before_after(console, evaluated["before"], evaluated["after"], evaluated.get("difference"))

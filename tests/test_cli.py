@@ -12,6 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from pke_fast.cli import main
+from pke_fast.cli.unseen import MOST, Unseen, harmless, hold_out
+from pke_fast.patch import Patch
+from pke_fast.requests import EditRequest
 from pke_fast.testing import tiny_model, tiny_tokenizer
 
 EDIT = [
@@ -97,6 +100,46 @@ def test_edit_apply_revert_show_chat_and_eval(checkpoint, files, capsys):
     assert written["text"]["perplexity"] > 1
     assert len((files / "eval" / "generations.jsonl").read_text().splitlines()) == 4
     assert "attack success" in err.lower()
+
+
+def test_an_edit_is_measured_on_requests_that_are_held_out(checkpoint, files, capsys, monkeypatch):
+    assert edit(capsys, checkpoint, files)[0] == 0
+    report = json.loads((files / "out" / "report.json").read_text())
+    assert report["evaluation"] is None  # a tenth of three requests is none
+    assert report["requests"]["n"] == 3
+
+    status, out, _ = edit(capsys, checkpoint, files, "--held-out", 0.4, "--limit", 3, "--force")
+    assert status == 0
+    assert "1 requests were held out" in out
+    report = json.loads((files / "out" / "report.json").read_text())
+    assert (report["requests"]["n"], report["requests"]["held_out"]) == (2, 1)
+    figures = report["evaluation"]
+    assert [figures[when]["harmful"]["n"] for when in ("before", "after")] == [1, 1]
+    assert figures["after"]["benign"]["n"] == len(harmless())
+    assert any(stage["name"].endswith("after") for stage in report["stages"])
+
+    measure = Unseen.measure
+
+    def interrupted(self, when):
+        if when == "after":
+            raise KeyboardInterrupt
+        measure(self, when)
+
+    monkeypatch.setattr(Unseen, "measure", interrupted)
+    assert edit(capsys, checkpoint, files, "--held-out", 0.4, "--out", files / "kept")[0] == 130
+    kept, whole = (Patch.load(files / name / "patch.safetensors") for name in ("kept", "out"))
+    assert all(torch.equal(a.new, b.new) for a, b in zip(kept.layers, whole.layers, strict=True))
+
+
+def test_what_is_held_out():
+    requests = [EditRequest(str(i)) for i in range(100)]
+    edited, held = hold_out(requests, 0.1, 0)
+    assert len(held) == 10
+    assert sorted(edited + held, key=requests.index) == requests
+    assert hold_out(requests, 0.1, 0) == (edited, held)
+    assert hold_out(requests, 0.1, 1) != (edited, held)
+    assert len(hold_out(requests * 10, 0.1, 0)[1]) == MOST
+    assert hold_out(requests, 0.0, 0) == (requests, [])
 
 
 def test_eval_and_chat_hide_answers_to_harmful_prompts(checkpoint, files, capsys):

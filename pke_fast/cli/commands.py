@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import sys
@@ -15,6 +16,7 @@ from rich.console import Console
 from pke_fast import terminal
 from pke_fast.budget import parse_bytes
 from pke_fast.cli.common import console_of, finish, settings_of, tell_another_base
+from pke_fast.cli.unseen import HELD_OUT, Unseen, harmless, hold_out
 from pke_fast.config import PKEConfig
 from pke_fast.errors import InputError
 from pke_fast.evaluating.shown import foretold
@@ -90,14 +92,19 @@ def edit(options: Namespace) -> None:
         terminal.facts(console, "Nothing was changed. This would be done:", would)
         finish(options, would)
         return
+    requests, held = hold_out(requests, _share_held_out(options, conditions, loaded), config.seed)
     with joined(conditions["device"] or loaded.device) as ranks:
+        stages = _clock(conditions["device"] or loaded.device, ranks)
+        unseen = Unseen(loaded, config, stages, [request.prompt for request in held], harmless())
+        if held and ranks.first:
+            unseen.measure("before")
         result = engine.edit(
             loaded.model,
             loaded.tokenizer,
             requests,
             config,
             locality=locality,
-            stages=_clock(conditions["device"] or loaded.device, ranks),
+            stages=stages,
             name=loaded.name,
             source=str(options.requests),
             ranks=ranks,
@@ -105,9 +112,25 @@ def edit(options: Namespace) -> None:
         )
     if not ranks.first:
         return
-    result.write(options.out, force=options.force, redact=options.redact, save_model=options.save_model)
+    try:
+        if held:
+            unseen.measure("after")
+            result.report["evaluation"] = unseen.compared()
+            result.report["requests"]["held_out"] = len(held)
+            result.report["stages"] = [dataclasses.asdict(stage) for stage in stages.done]
+    finally:  # an edit isn't lost because it couldn't be measured
+        result.write(options.out, force=options.force, redact=options.redact, save_model=options.save_model)
     terminal.edit_summary(console, result.report, Path(options.out), redact=options.redact)
     finish(options, as_json(result.report, options.redact))
+
+
+def _share_held_out(options: Namespace, conditions: dict[str, Any], loaded: LoadedModel) -> float:
+    """As it was asked for. By default nothing where measuring, which no plan counts, could need more memory than there
+    is, or where the model waits with the host."""
+    if options.held_out is not None:
+        return float(options.held_out)
+    planned = conditions["memory_budget"] is not None or conditions["device"] not in (None, loaded.device)
+    return 0.0 if planned else HELD_OUT
 
 
 def _would_do(

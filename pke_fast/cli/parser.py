@@ -32,6 +32,16 @@ def _whole(text: str) -> int:
     return int(text)
 
 
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a share from 0 to less than 1, got {text}")
+    return value
+
+
 def _model(parser: Any) -> None:
     parser.add_argument("--model", required=True, metavar="M", help=MODEL)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:i (default: auto)")
@@ -139,6 +149,13 @@ def build_parser() -> argparse.ArgumentParser:
     _offloaded(edit)
     _resumable(edit)
     _output(edit, "gets patch.safetensors, report.json and report.html")
+    edit.add_argument(
+        "--held-out",
+        type=_share,
+        metavar="SHARE",
+        help="of the requests, at most 48, aren't edited on: attack success on them, and refusals of shipped harmless "
+        "prompts, are measured before and after (default: 0.1; 0 with a memory budget)",
+    )
     edit.add_argument("--save-model", action="store_true", help="write the edited model to DIR/model as well")
     edit.add_argument("--dry-run", action="store_true", help="check everything and say what would be done")
     _redact(edit)
