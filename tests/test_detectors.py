@@ -189,6 +189,22 @@ def test_a_gain_of_0_puts_the_weights_back(dtype, sequences, monkeypatch):
     assert all(torch.equal(column.master, column.old) for column in columns)
 
 
+def test_once_more_is_too_much_no_larger_gain_is_tried(sequences):
+    _, _, columns, detectors, trainer = trained("llama", sequences)
+    asked, losses, steps = [], iter([3.0, 2.0, 1.0, 1.5]), []
+
+    class Turning(Detectors):
+        def begin(self, towards, loss, advance):
+            return super().begin(towards, lambda: (asked.append(loss()), next(losses))[1], advance)
+
+    detectors.__class__ = Turning
+    assert trainer.begin(detectors, steps.append) == GAINS[2] == 0.5
+    assert len(asked) == 4 < len(GAINS)
+    assert sum(steps) == detectors.stages
+    downs = [column for column in columns if column.projection == "down"]
+    assert all(float((column.master - column.old).norm()) > 0 for column in downs)
+
+
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
 def test_the_loss_doesnt_rise_and_one_neuron_a_layer_changes(family, sequences):
     config = CONFIG.replace(batch_size=6, locality_batch_size=9)  # then what is weighed is everything

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from pke_fast import ops
+from pke_fast import editing, ops
 from pke_fast.columns import columns_of
 from pke_fast.config import PKEConfig
 from pke_fast.editing import Trainer, edit_columns
@@ -92,6 +93,26 @@ def test_the_sparse_gradient_is_the_dense_ones(family, sequences):
         assert float((ours - truth).norm() / truth.norm()) < 1e-5
     assert step.loss == pytest.approx(config.w_edit * step.edit + config.w_kl * step.kl)
     assert step.kl > 0
+
+
+def test_losses_are_measured_on_a_sample(sequences, monkeypatch):
+    monkeypatch.setattr(editing, "SAMPLE", 4)
+    config = CONFIG.replace(batch_size=3, locality_batch_size=4)
+    structure = find_structure(tiny_model("llama").requires_grad_(False))
+    columns = columns_of(structure, HOT_SPOTS, PROJECTIONS)
+    trainer = Trainer(structure, columns, sequences(10), sequences(9, seed=1), config, PAD)
+    assert trainer.sampled() == (6, 4)
+    advanced = []
+    found = trainer.final_losses(advanced.append)
+    assert sum(advanced) == 10
+    losses = [float(trainer._loss(minibatch, False)) for minibatch in trainer.requests]
+    assert len(losses) == 4
+    assert found.edit == pytest.approx((losses[0] + losses[1]) / 2, rel=1e-5)
+    assert found.edit != pytest.approx(sum(losses) / 4, rel=1e-3)
+    watched = []
+    trainer._watching = lambda batch, _benign, _minibatch: watched.append(len(batch.rows)) or nullcontext()
+    assert trainer.edit_loss() == pytest.approx(found.edit, rel=1e-5)
+    assert sum(watched) == 10  # detectors see all of them
 
 
 def test_a_step_of_one_micro_batch_is_one_op(sequences, monkeypatch):
