@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from precision import fronts, settings, tables
+from precision import fronts, halves, settings, tables
 from precision import kinds as kinds_module
 from precision.cells import Cells, Missing
 from precision.run import measure
@@ -19,7 +19,7 @@ from precision.settings import Setting
 from pke_fast import probe, shipped
 from pke_fast.config import PKEConfig
 from pke_fast.encoding import PromptEncoder
-from pke_fast.errors import InputError
+from pke_fast.errors import InputError, PKEError
 from pke_fast.loading import load_model
 from pke_fast.preparation import Job
 from pke_fast.requests import EditRequest
@@ -181,10 +181,22 @@ def test_all_cells_and_that_a_killed_run_goes_on(
     states = lab.cells.found["sequential edits"]["edits"]
     assert [state.get("neurons") for state in states] == [None, 10, 10]
     assert len({state["perplexity"] for state in states}) == 3  # each on top of the one before
+    chains = halves.chains(SETTINGS)
+    for name in names:  # each is made by one of two processes
+        assert sum(any(part in name for part in chain) for chain in chains) == 1
+    assert [name for name in names if name in halves.alone(SETTINGS)] == ["edit, default-0"]
     third: list[str] = []
     measure(data, out, [], SIZES, say=third.append, **given)
     assert [line for line in third if not line.startswith("drawn")] == []
     assert doc.read_text() == text
+
+
+def test_two_processes_at_once(doc: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    halves.make([["--help"], ["--help"]], tmp_path / "out", doc)
+    assert capfd.readouterr().out.count("Measures how precise edits are") == 2
+    assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".log", ".log", ".md", ".md"]
+    with pytest.raises(PKEError, match=r"half-1\.log\n(.*\n)*.*unrecognized arguments: --such"):
+        halves.make([["--help"], ["data", "--such"]], tmp_path / "out", doc)
 
 
 def test_only_some_cells(data: Path, few_shipped: None, doc: Path, model: str, tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # Python may have been told not to look beside a script
 from pke_fast.errors import PKEError
+from precision import halves
 from precision.run import DOC, measure
 from precision.sets import Sizes
+from precision.settings import SETTINGS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,10 +30,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument(
+        "--processes", type=int, choices=(1, 2), default=2, help="at once, where --only isn't given (default: 2)"
+    )
     parser.add_argument("--doc", type=Path, default=DOC, help="whose generated part is written")
     options = parser.parse_args(arguments)
     start = time.perf_counter()
     try:
+        if options.processes == 2 and not options.only:
+            _in_halves(options)
         measure(
             options.data, options.out, options.only, Sizes(),
             kinds=options.kinds, model=options.model, device=options.device, dtype=options.dtype, doc=options.doc,
@@ -41,6 +48,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(f"written: {options.doc} ({(time.perf_counter() - start) / 60:.0f} minutes)")
     return 0
+
+
+def _in_halves(options: argparse.Namespace) -> None:
+    """Makes all cells in two processes, but the first edit, which is timed, alone."""
+    given = [str(options.data), "--out", str(options.out), "--model", options.model]
+    given += ["--device", options.device, "--dtype", options.dtype, *(["--kinds"] if options.kinds else [])]
+    for together in ([halves.alone(SETTINGS)], halves.chains(SETTINGS)):
+        halves.make([[*given, "--only", *names] for names in together], options.out, options.doc)
 
 
 if __name__ == "__main__":
