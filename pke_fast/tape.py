@@ -147,7 +147,7 @@ def passed_over(structure: Structure, layers: Iterable[int]) -> Iterator[None]:
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden, _, _ = split_hidden(args, kwargs)
-        return (hidden,) if structure.layers_return_tuples else hidden
+        return (hidden, None) if structure.layers_return_tuples else hidden  # None: where older models have their cache
 
     with ExitStack() as stack:
         for layer in layers:
