@@ -50,9 +50,9 @@ def patched(monkeypatch, memory, place):
         for module in (scoring, editing):
             own = module.record
 
-            def record(structure, batch, first=0, own=own):
+            def record(structure, batch, *where, own=own):
                 memory.takes(batch, place)
-                return own(structure, batch, first)
+                return own(structure, batch, *where)
 
             monkeypatch.setattr(module, "record", record)
         return
