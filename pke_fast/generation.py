@@ -80,7 +80,7 @@ def generate(
     stop = None if decided is None else lambda ids: decided(text(ids))
 
     with evaluating(model):
-        prefix = _prefix(encoded, model, min(rooms, default=0), ends, pad)
+        prefix = _prefix(encoded, model, min(rooms), ends, pad) if len(answers) < len(encoded) else None
         for planned in _batches(encoded, rooms, batch_size):
             batch = [index for index in planned if index not in answers]
             if not batch:

@@ -136,6 +136,8 @@ def test_answers_are_the_same(family, monkeypatch):
     if not used and family in OWN_CACHE:
         pytest.skip("this version of transformers has a cache of its own kind for this model: it runs whole")
     assert used == [2, 7, 7, 6]  # two by which it is checked, then every batch
+    known = dict(enumerate(ours))
+    assert generate(model, tokenizer, encoder, PROMPTS, max_new_tokens=6, known=known) == ours
     monkeypatch.setattr(generation, "MANY", 100)
     assert generate(model, tokenizer, encoder, PROMPTS, max_new_tokens=6, batch_size=7) == ours
     assert used == [2, 7, 7, 6]

@@ -209,8 +209,10 @@ def test_json_is_all_that_stands_on_standard_output(checkpoint, files, capsys):
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(checkpoint, files, capsys):
     status, out, _ = edit(capsys, checkpoint, files, "--dry-run", "--json", "--seed", "3", "--limit", "2")
     assert status == 0
-    assert (json.loads(out)["requests"], json.loads(out)["k"]) == (2, 10)
+    assert (json.loads(out)["requests"], json.loads(out)["held out"], json.loads(out)["k"]) == (2, 0, 10)
     assert not (files / "out").exists()
+    out = edit(capsys, checkpoint, files, "--dry-run", "--json", "--held-out", 0.4)[1]
+    assert (json.loads(out)["requests"], json.loads(out)["held out"]) == (2, 1)
 
 
 def test_the_same_seed_gives_the_same_bytes(checkpoint, files, capsys):

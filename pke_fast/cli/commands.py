@@ -87,12 +87,12 @@ def edit(options: Namespace) -> None:
     conditions = _conditions(options)
     loaded = _load_for(conditions, options)
     console = console_of(options)
+    requests, held = hold_out(requests, _share_held_out(options, conditions, loaded), config.seed)
     if options.dry_run:
-        would = _would_do(loaded, config, requests, locality)
+        would = _would_do(loaded, config, requests, locality) | {"held out": len(held)}
         terminal.facts(console, "Nothing was changed. This would be done:", would)
         finish(options, would)
         return
-    requests, held = hold_out(requests, _share_held_out(options, conditions, loaded), config.seed)
     with joined(conditions["device"] or loaded.device) as ranks:
         stages = _clock(conditions["device"] or loaded.device, ranks)
         unseen = Unseen(loaded, config, stages, [request.prompt for request in held], harmless())
