@@ -1,90 +1,53 @@
-"""The layers below the edited ones, for sequences that begin alike: what they share runs once, the rest goes on."""
+"""What all sequences of an edit begin with, taken off them: it has a tape of its own, which theirs go on from."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from pke_fast.batches import Batch, make_batch
+from pke_fast.batches import make_batch
 from pke_fast.encoding import Encoded
-from pke_fast.prefix import Prefix, common
-from pke_fast.structure import Structure, hooks, split_hidden
-from pke_fast.tape import passed_over, record
+from pke_fast.prefix import LEAST, common
+from pke_fast.structure import Structure
+from pke_fast.tape import Tape, record
 
 LOG = logging.getLogger(__name__)
 ROUNDING = {torch.float32: 1e-4}  # relative differences of hidden states that it explains
 ROUNDING_IN_HALF = 3e-2
 
 
-class Beginning:
-    """What enters a layer at the first tokens of all sequences, and what the layers below attend to of them.
-
-    Args:
-        ids: the tokens.
-        first: the layer.
-    """
-
-    def __init__(self, structure: Structure, ids: Sequence[int], first: int) -> None:
-        self._structure, self._first = structure, first
-        with self._entering() as entered:
-            self._prefix = Prefix.of(structure.base, ids, structure.device)
-        (self._hidden,) = entered
-
-    def __len__(self) -> int:
-        return len(self._prefix)
-
-    @torch.no_grad()
-    def go_on(self, batch: Batch) -> Tensor:
-        """What enters the layer, [B, T, d], for rows that begin so."""
-        ids = batch.input_ids[:, len(self) :]
-        with self._entering() as entered:
-            self._structure.base(
-                input_ids=ids,
-                attention_mask=batch.attention_mask,
-                past_key_values=self._prefix.rows(len(ids)),
-                use_cache=True,
-            )
-        return torch.cat([self._hidden.expand(len(ids), -1, -1), *entered], 1)
-
-    @contextmanager
-    def _entering(self) -> Iterator[list[Tensor]]:
-        """What enters the layer while the model runs; it and those above are passed over."""
-        entered: list[Tensor] = []
-
-        def keep(_module: Any, args: Any, kwargs: Any) -> None:
-            entered.append(split_hidden(args, kwargs)[0])
-
-        layers = self._structure.layers
-        with (
-            hooks(layers[self._first].register_forward_pre_hook(keep, with_kwargs=True)),
-            passed_over(self._structure, range(self._first, len(layers))),
-        ):
-            yield entered
-
-
-def beginning_of(structure: Structure, sequences: Sequence[Encoded], first: int, pad_id: int) -> Beginning | None:
-    """What all sequences begin with, run up to the layer `first`; None where that saves nothing, or where the model
-    doesn't go on from it as if it had run whole, which one of the sequences shows."""
+def shared(sequences: Sequence[Encoded]) -> tuple[int, ...]:
+    """The tokens that all begin with, before any that is supervised; () where they are too few to be worth it."""
     ids = common([sequence.ids for sequence in sequences])
+    ids = ids[: min((sequence.supervised[0] for sequence in sequences), default=0)]
+    return ids if len(ids) >= LEAST else ()
+
+
+def beginning_of(structure: Structure, sequences: Sequence[Encoded], first: int, pad_id: int) -> Tape | None:
+    """The tape of what all sequences begin with, up to the layer `first`; None where that saves nothing, or where the
+    model doesn't go on from it as if it had run whole, which two of the sequences show."""
+    ids = shared(sequences)
     if not ids or first == 0:
         return None
-    shortest = min(sequences, key=lambda sequence: len(sequence.ids))
-    batch = make_batch([shortest], [0], pad_id).to(structure.device)
-    whole = record(structure, batch, first).entered
+    two = sorted(sequences, key=lambda sequence: len(sequence.ids))[:2]
+    rest = [sequence.after(len(ids)) for sequence in two]
     try:
-        beginning = Beginning(structure, ids, first)
-        found = beginning.go_on(batch)
+        beginning = record(structure, make_batch([Encoded(ids, len(ids))], [0], pad_id), first, begins=True)
+        found = _head_input(record(structure, make_batch(rest, [0, 1], pad_id), first, after=beginning))
     except Exception as error:  # noqa: BLE001  whatever a model of another making says to a cache
         LOG.info("every sequence runs whole: %s", error)
         return None
-    truth, found = (hidden[:, len(ids) :].float() for hidden in (whole, found))
+    truth = _head_input(record(structure, make_batch(two, [0, 1], pad_id), first))
     apart = float((found - truth).norm() / truth.norm())
     if not apart <= ROUNDING.get(structure.dtype, ROUNDING_IN_HALF):
         LOG.info("every sequence runs whole: after its beginning, it would differ by %.2g", apart)
         return None
     return beginning
+
+
+@torch.no_grad()
+def _head_input(tape: Tape) -> torch.Tensor:
+    """At the supervised positions."""
+    return tape.supervised(tape.run()).float()

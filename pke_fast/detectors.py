@@ -32,6 +32,7 @@ from pke_fast.kernels.glu_score import ACTIVATIONS
 from pke_fast.placement import stored_weight
 from pke_fast.ranks import ALONE, Ranks
 from pke_fast.structure import Structure, hooks
+from pke_fast.tape import in_beginning
 
 LEAST = 16  # sequences on either side: fewer say too little of what tells the sides apart
 LAYERS = 6  # detectors at most, in the middle of the edited layers: below, less is known; above, less can follow
@@ -115,6 +116,8 @@ class Detectors:
         index, kept = torch.tensor(spots), []
 
         def keep(_module: Any, args: Any) -> None:
+            if in_beginning():
+                return
             flat = args[0].detach().flatten(0, -2)
             kept.append(flat.index_select(0, index.to(flat.device)).cpu())
 
@@ -223,7 +226,7 @@ class Pull:
 
         def tap(nth: int) -> Any:
             def hook(_module: Any, _args: Any, out: Tensor) -> None:
-                if not (torch.is_grad_enabled() and out.requires_grad):
+                if in_beginning() or not (torch.is_grad_enabled() and out.requires_grad):
                     return
                 rows = out.detach().flatten(0, -2).index_select(0, last.to(out.device))
                 self.sizes[nth] += rows.float().norm(dim=1).sum().to(self.sizes.device)

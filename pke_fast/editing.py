@@ -113,7 +113,7 @@ class Trainer:
         pace: how many tokens at once, and how many layers keep their graph in a step.
         ranks: each takes its share of every minibatch; the losses and the columns' gradients are added up.
         detectors: see the MLPs' inputs of the unedited model on all sequences, those of the requests in `edit_loss`.
-        below: as for `record`.
+        beginning: the tape that the sequences' own go on from.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Trainer:
         pace: Pace | None = None,
         ranks: Ranks = ALONE,
         detectors: Detectors | None = None,
-        below: Callable[[Batch], Tensor] | None = None,
+        beginning: Tape | None = None,
     ) -> None:
         self.structure, self.columns, self.config, self.ranks = structure, columns, config, ranks
         self._watching = detectors.watching if detectors else None
@@ -139,7 +139,7 @@ class Trainer:
         self.begun = False  # with detectors
         self._shuffle = random.Random(config.seed)
         self._pad_id = pad_id
-        self._below = below
+        self._beginning = beginning
         self.requests: list[_Minibatch] = []
         self.locality: list[_Minibatch] = []
         self._add(self.requests, requests, config.batch_size, advance, base=False)
@@ -161,7 +161,7 @@ class Trainer:
         minibatch.tapes = []
         found: dict[int, Tensor] = {}
         for batch in pack(minibatch.sequences, self.pace.tokens, self._pad_id):
-            tape = record(self.structure, batch, self._first, self._below)
+            tape = record(self.structure, batch, self._first, after=self._beginning)
             minibatch.tapes.append(tape)
             if base:
                 counts = [len(minibatch.sequences[row].supervised) for row in batch.rows]
@@ -380,18 +380,19 @@ def edit_columns(
         detectors = Detectors(structure, columns, config, ranks) if locality and kept is None else None
         with stage("Running the layers below, once", len(requests) + len(locality)) as advance:
             beginning = beginning_of(structure, [*requests, *locality], min(c.layer for c in columns), pad_id)
+            begun = 0 if beginning is None else beginning.batch.input_ids.shape[1]
             trainer = Trainer(
                 structure,
                 columns,
-                requests,
-                locality,
+                [sequence.after(begun) for sequence in requests],
+                [sequence.after(begun) for sequence in locality],
                 config,
                 pad_id,
                 advance,
                 pace=pace,
                 ranks=ranks,
                 detectors=detectors,
-                below=beginning.go_on if beginning else None,
+                beginning=beginning,
             )
         requests_sampled, pairs_sampled = trainer.sampled()
         with stage("Measuring the losses before", len(requests) if detectors else requests_sampled) as advance:

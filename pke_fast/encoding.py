@@ -34,6 +34,11 @@ class Encoded:
         """The places from which a supervised token is told: those held, then those before the answer's tokens."""
         return (*self.held, *range(self.prompt_length - 1, len(self.ids) - 1))
 
+    def after(self, beginning: int) -> Encoded:
+        """What is left without so many tokens, none of which is supervised."""
+        held = tuple(place - beginning for place in self.held)
+        return Encoded(self.ids[beginning:], self.prompt_length - beginning, held)
+
 
 class PromptEncoder:
     """Turns prompts and answers into token ids, the same way for locating, editing and evaluating.

@@ -191,7 +191,7 @@ def _answer(
     prefix: Prefix | None = None,
 ) -> list[list[int]]:
     """Ids of the answers to a batch of encoded prompts, filled with whatever comes after their end."""
-    longest, lead = max(len(row) for row in rows), len(prefix) if prefix else 0
+    longest, lead = max(len(row) for row in rows), 0 if prefix is None else len(prefix)
     ids = torch.full((len(rows), longest), pad, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):
@@ -204,7 +204,7 @@ def _answer(
     more: dict[str, Any] = {} if stop is None else {"stopping_criteria": _criteria(stop, longest, stopped)}
     at = input_device(model)
     try:
-        if prefix:
+        if prefix is not None:
             more["past_key_values"] = prefix.rows(len(rows))
         output = model.generate(input_ids=ids.to(at), attention_mask=mask.to(at), generation_config=settings, **more)
         return [row[: stopped.get(index)] for index, row in enumerate(output[:, longest:].tolist())]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from pke_fast.beginning import shared
 from pke_fast.encoding import Encoded
 from pke_fast.pace import Pace
 
@@ -19,6 +20,7 @@ class Load:
         tokens: of all of them together.
         answer: most supervised tokens of a sequence: its answer's, and those held in its prompt.
         request_widths, locality_widths: which lengths there are, ascending.
+        begun: tokens that all begin with, which an edit runs once.
     """
 
     requests: int
@@ -27,6 +29,7 @@ class Load:
     answer: int
     request_widths: tuple[int, ...]
     locality_widths: tuple[int, ...] = ()
+    begun: int = 0
 
     @classmethod
     def of(cls, requests: Sequence[Encoded], locality: Sequence[Encoded]) -> Load:
@@ -36,7 +39,19 @@ class Load:
             len(locality),
             sum(len(sequence.ids) for sequence in every),
             max(len(sequence.supervised) for sequence in every),
-            *(tuple(sorted({len(sequence.ids) for sequence in part})) for part in (requests, locality)),
+            tuple(sorted({len(sequence.ids) for sequence in requests})),
+            tuple(sorted({len(sequence.ids) for sequence in locality})),
+            len(shared(every)),
+        )
+
+    def after(self, begun: int) -> Load:
+        """The same without so many tokens at the beginning of each sequence."""
+        return replace(
+            self,
+            tokens=self.tokens - begun * (self.requests + self.locality),
+            request_widths=tuple(width - begun for width in self.request_widths),
+            locality_widths=tuple(width - begun for width in self.locality_widths),
+            begun=self.begun - begun,
         )
 
     @property

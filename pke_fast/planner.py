@@ -24,6 +24,7 @@ from pke_fast.rehearsal import Twin
 from pke_fast.scoring import score_batch
 from pke_fast.staging import staging_bytes
 from pke_fast.structure import Structure
+from pke_fast.tape import Tape, record
 
 # Tokens at once from which on more gain little, and those at which half the time goes into reading weights: a CPU is
 # busy with a few rows; a GPU of 150 to 300 flops a byte needs as many.
@@ -72,6 +73,8 @@ class Planner:
         self._sizes = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in twin.structure.layers]
         self._kind = "cuda" if device.startswith("cuda") else "cpu"
         self._most = config.micro_batch_tokens or PREFERRED[self._kind]
+        self._begun = load.begun if edits and self._goes_on(load.begun) else 0
+        self._rest = load.after(self._begun)  # what is edited on
 
     def plan(self, budget: int | None) -> Plan:
         """The fastest plan that fits; with weights left on disk, or layers offloaded, where nothing else does.
@@ -213,9 +216,11 @@ class Planner:
         away = sum(self._sizes[: self._offloaded])
         staging = staging_bytes(structure.layers) if away else self._twin.layer_weights * bool(self._residence.away)
         every = config.num_steps * (config.batch_size + config.locality_batch_size * bool(load.locality))
-        each = load.tokens / max(1, load.requests + load.locality)
-        stepped = every * each
-        scored = each * (min(load.requests, config.score_requests) + min(load.locality, config.score_pairs))
+        sequences = max(1, load.requests + load.locality)
+        below, stepped = self._rest.tokens * self._window[0], every * self._rest.tokens / sequences
+        sampled = min(load.requests, config.score_requests) + min(load.locality, config.score_pairs)
+        scored = sampled * load.tokens / sequences
+        editing = forward * (below + stepped * (3 * self._edited - editing_kept))
         return Plan(
             budget,
             len(structure.layers),
@@ -227,11 +232,11 @@ class Planner:
             self._on_disk,
             2 * 3 * len(structure.layers) * self._neurons * FP32 if pke else 0,
             self._peak("scoring", tokens, scoring_kept) if pke else 0,
-            load.tokens * structure.hidden_size * item if edits else 0,
+            (self._rest.tokens + self._begun * self._tapes(tokens)) * structure.hidden_size * item if edits else 0,
             columns,
             max(0, self._peak("editing", tokens, editing_kept) - columns) if edits else 0,  # they are rehearsed with it
             forward * scored * there if pke else 0.0,
-            forward * (load.tokens * self._window[0] + stepped * (3 * self._edited - editing_kept)) if edits else 0.0,
+            editing if edits else 0.0,
             away + self._residence.away,
             self._offloaded,
             self._pinned(),
@@ -267,15 +272,38 @@ class Planner:
     def _brought(self, tokens: int, scored: float, stepped: float) -> int:
         """Bytes of offloaded layers that are copied: once on the way up, once more on the way back."""
         sizes, lowest = self._sizes[: self._offloaded], self._window[0]
-        once = math.ceil(self._load.tokens / tokens)
+        once = self._tapes(tokens)
         through = sum(sizes) + sum(sizes[self._first :])
         scoring = math.ceil(scored / tokens) * through * (self._config.method == "pke")
         editing = once * sum(sizes[:lowest]) + math.ceil(stepped / tokens) * 2 * sum(sizes[lowest:])
         return scoring + editing * self._edits
 
+    def _tapes(self, tokens: int) -> int:
+        """How many micro-batches hold all that is edited on."""
+        return math.ceil(self._rest.tokens / tokens)
+
+    def _goes_on(self, begun: int) -> bool:
+        """Whether an edit's sequences go on from what all begin with: the model has to be of a kind that can."""
+        if not begun or not self._window[0]:
+            return False
+        try:
+            self._twin.rehearse(lambda structure: self._after(structure, begun), self._window[0])
+        except Exception:  # noqa: BLE001  as in `beginning_of`
+            return False
+        return True
+
+    def _after(self, structure: Structure, begun: int) -> Tape | None:
+        """What the sequences go on from; one does, to see whether it can."""
+        if not begun:
+            return None
+        first, ids = self._window[0], (0,) * begun
+        beginning = record(structure, make_batch([Encoded(ids, begun)], [0], 0), first, begins=True)
+        record(structure, make_batch([Encoded((0, 0), 1)], [0], 0), first, after=beginning).run()
+        return beginning
+
     def _peak(self, doing: str, tokens: int, kept: int) -> int:
         """What `doing` takes, rehearsed once."""
-        config, load = self._config, self._load
+        config, load = self._config, self._load if doing == "scoring" else self._rest
         if doing == "scoring":
             parts = [(load.request_widths, load.requests), (load.locality_widths, load.locality)]
             batches = [max((self._fullest(tokens, *part) for part in parts), key=_tokens_of)]
@@ -284,7 +312,7 @@ class Planner:
             locality = self._fullest(tokens, load.locality_widths, min(config.locality_batch_size, load.locality))
             batches = [requests, locality]
         shapes = tuple((len(batch), len(batch[0].ids) if batch else 0) for batch in batches)
-        key = (doing, shapes, kept, self._first, self._window, load.answer, config)
+        key = (doing, shapes, kept, self._first, self._window, load.answer, self._begun, config)
         if key not in self._twin.peaks:
             work = self._score if doing == "scoring" else self._step
             self._twin.peaks[key] = self._twin.rehearse(
@@ -312,7 +340,9 @@ class Planner:
         neurons = torch.arange(min(each, self._neurons))
         columns = columns_of(structure, dict.fromkeys(range(first, end), neurons), config.edited)
         most = max(_tokens_of(requests), _tokens_of(locality))
-        trainer = Trainer(structure, columns, requests, locality, config, 0, pace=Pace(most, None, kept))
+        beginning = self._after(structure, self._begun)
+        pace = Pace(most, None, kept)
+        trainer = Trainer(structure, columns, requests, locality, config, 0, pace=pace, beginning=beginning)
         trainer.gradients(0)
         trainer.update(0)
 

@@ -3,12 +3,16 @@
 A recorded call is replayed as it came: nothing of a family's signature is known here. Only the hidden state that enters
 the first of those layers is kept. On the way up the uppermost layers may keep their graph; the others keep what entered
 them alone, run again on the way back, and nothing of a layer is left after it.
+
+What all rows begin with, such as a chat template's system prompt, may have a tape of its own, of one row, which theirs
+go on from: every layer then runs on the beginning, and on the rest, which attends to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,26 +21,54 @@ from torch import Tensor
 
 from pke_fast.batches import Batch
 from pke_fast.placement import downwards
+from pke_fast.prefix import KeysAndValues, Prefix
 from pke_fast.structure import Structure, first_tensor, hooks, replaced_forward, split_hidden
+
+_IN_BEGINNING: ContextVar[bool] = ContextVar("in_beginning", default=False)
+
+
+def in_beginning() -> bool:
+    """Whether a layer runs now on what rows go on from, so that a batch's positions aren't those of its tokens."""
+    return _IN_BEGINNING.get()
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """The arguments of one decoder layer's call, less its hidden state."""
+    """The arguments of one decoder layer's call, less its hidden state.
+
+    Attributes:
+        cache: transformers' cache, where it is one of them.
+    """
 
     positional: bool
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    cache: Any = None
+
+    def on(self, layer: Any, hidden: Tensor, kept: KeysAndValues | None = None) -> Tensor:
+        """What the layer returns for `hidden` [B, T, d]; `kept` takes the cache's place."""
+        args, kwargs = self.args, self.kwargs
+        if self.cache is not None:
+            kept = kept or KeysAndValues()
+            args = tuple(kept if value is self.cache else value for value in args)
+            kwargs = {name: kept if value is self.cache else value for name, value in kwargs.items()}
+        if self.positional:
+            return first_tensor(layer(hidden, *args, **kwargs))
+        return first_tensor(layer(*args, hidden_states=hidden, **kwargs))
 
 
 @dataclass(frozen=True, eq=False)
 class Tape:
     """One micro-batch, brought to the layer `first`.
 
+    Its hidden state is [B, T, d]; where it goes on from another tape of P tokens, [1, P + B * T, d].
+
     Attributes:
         first: the lowest layer that can be replayed.
         calls: the calls of the layers first .. L - 1.
-        entered: what enters layer `first`, [B, T, d]; it needs no gradient.
+        entered: the hidden state that enters layer `first`; it needs no gradient.
+        prefix: what the layers below keep of its tokens, if others are to go on from it.
+        after: the tape that it goes on from.
     """
 
     structure: Structure
@@ -44,24 +76,38 @@ class Tape:
     first: int
     calls: list[Call]
     entered: Tensor
+    prefix: Prefix | None = None
+    after: Tape | None = None
+
+    @property
+    def lead(self) -> int:
+        """How many tokens its rows go on from."""
+        return 0 if self.after is None else self.after.batch.input_ids.shape[1]
 
     def replay(self, layer: int, hidden: Tensor) -> Tensor:
-        """What `layer` returns for `hidden` [B, T, d], all else as it was recorded."""
-        call = self.calls[layer - self.first]
-        module = self.structure.layers[layer]
-        if call.positional:
-            return first_tensor(module(hidden, *call.args, **call.kwargs))
-        return first_tensor(module(*call.args, hidden_states=hidden, **call.kwargs))
+        """What `layer` returns for the hidden state, all else as it was recorded."""
+        module, nth = self.structure.layers[layer], layer - self.first
+        if self.after is None:
+            return self.calls[nth].on(module, hidden)
+        kept = KeysAndValues()
+        token = _IN_BEGINNING.set(True)
+        try:
+            begun = self.after.calls[nth].on(module, hidden[:, : self.lead], kept)
+        finally:
+            _IN_BEGINNING.reset(token)
+        rows = hidden[0, self.lead :].unflatten(0, self.batch.input_ids.shape)
+        rest = self.calls[nth].on(module, rows, kept)
+        return torch.cat([begun, rest.flatten(0, 1)[None]], 1)
 
     def outputs(self) -> Iterator[Tensor]:
-        """What each layer from `first` on returns, [B, T, d]."""
+        """The hidden state after each layer from `first` on."""
         hidden = self.entered
         for layer in range(self.first, len(self.structure.layers)):
             hidden = self.replay(layer, hidden)
             yield hidden
 
     def run(self) -> Tensor:
-        """What the last layer returns."""
+        """The hidden state after the last layer."""
         hidden = self.entered
         for hidden in self.outputs():  # noqa: B007  the last one counts
             pass
@@ -69,7 +115,8 @@ class Tape:
 
     def supervised(self, top: Tensor) -> Tensor:
         """The head's input [N, d] at the batch's supervised positions, from the last layer's output."""
-        return self.structure.finish(top.flatten(0, 1).index_select(0, self.batch.positions.to(top.device)))
+        places = self.batch.positions.to(top.device) + self.lead
+        return self.structure.finish(top.flatten(0, 1).index_select(0, places))
 
     def there_and_back(
         self, loss_of: Callable[[Tensor], Tensor], kept: int | None = None, scale: float = 1.0
@@ -114,31 +161,44 @@ class Tape:
 
 
 @torch.no_grad()
-def record(structure: Structure, batch: Batch, first: int = 0, below: Callable[[Batch], Tensor] | None = None) -> Tape:
+def record(
+    structure: Structure, batch: Batch, first: int = 0, *, begins: bool = False, after: Tape | None = None
+) -> Tape:
     """Runs the model's own forward up to the layer `first`, and records the calls from there on.
 
     The layers from `first` on are passed over: their calls are kept, not their work.
 
     Args:
-        below: makes what enters `first`, [B, T, d], in place of the layers below it.
+        begins: the batch is one row, which others will go on from.
+        after: what the batch's rows go on from; `first` is the same.
     """
     batch = batch.to(structure.device)
     calls: list[Call] = []
     entered: list[Tensor] = []
+    mask, prefix = batch.attention_mask, Prefix() if begins else None
+    cache = None if prefix is None else prefix.cache
+    if after is not None:
+        assert after.prefix is not None
+        cache = after.prefix.rows(len(mask))
+        mask = torch.cat([mask.new_ones(len(mask), len(after.prefix)), mask], 1)
 
     def keep_call(_module: Any, args: Any, kwargs: Any) -> None:
         hidden, rest, named = split_hidden(args, kwargs)
-        calls.append(Call(bool(args), rest, named))
+        calls.append(Call(bool(args), rest, named, cache))
         if not entered:
             entered.append(hidden)
 
     upper = list(structure.layers)[first:]
     with (
         hooks(*(layer.register_forward_pre_hook(keep_call, with_kwargs=True) for layer in upper)),
-        passed_over(structure, range(0 if below else first, len(structure.layers))),
+        passed_over(structure, range(first, len(structure.layers))),
     ):
-        structure.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    return Tape(structure, batch, first, calls, below(batch) if below else entered[0])
+        cached = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
+        structure.base(input_ids=batch.input_ids, attention_mask=mask, **cached)
+    (hidden,) = entered
+    if after is not None:
+        hidden = torch.cat([after.entered, hidden.flatten(0, 1)[None]], 1)
+    return Tape(structure, batch, first, calls, hidden, prefix, after)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import importlib
 import os
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,28 @@ def sequences():
         return [Encoded(tuple(rng.randrange(256) for _ in range(a)), a - b) for a, b in lengths]
 
     return make
+
+
+@pytest.fixture
+def tapped():
+    """A hook that sees the gradient at a layer's MLP output, as the taps of scoring and editing do."""
+
+    @contextmanager
+    def tapped(structure, layer, seen):
+        anchor = torch.zeros((), requires_grad=True)
+
+        def tap(_module, _args, out):
+            if not torch.is_grad_enabled():
+                return out
+            out = out + 0 * anchor
+            out.register_hook(lambda grad: seen.append(grad.clone()))
+            return out
+
+        handle = structure.mlps[layer].down.register_forward_hook(tap)
+        yield
+        handle.remove()
+
+    return tapped
 
 
 @dataclass(frozen=True)

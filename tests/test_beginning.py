@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from pke_fast import generation
-from pke_fast.batches import pack
+from pke_fast.batches import make_batch, packing
 from pke_fast.beginning import beginning_of
 from pke_fast.config import PKEConfig
 from pke_fast.editing import edit_columns
@@ -46,24 +46,39 @@ def test_what_is_common():
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_rest_goes_on_as_if_it_had_run_whole(family, dtype, alike):
+def test_the_rest_goes_on_as_if_it_had_run_whole(family, dtype, alike, tapped):
     structure = find_structure(tiny_model(family, dtype=dtype).requires_grad_(False))
     examples = alike(9)
-    beginning = beginning_of(structure, examples, 2, PAD)
+    beginning = beginning_of(structure, examples, 1, PAD)
     if beginning is None and family in OWN_CACHE:
         pytest.skip("this version of transformers has a cache of its own kind for this model: it runs whole")
     assert beginning is not None
-    assert len(beginning) >= len(START)
-    batches = pack(examples, 100, PAD)
-    assert len(batches) > 1
-    for batch in batches * 2:  # what is kept isn't used up
-        whole, ours = record(structure, batch, 2), record(structure, batch, 2, beginning.go_on)
-        real = batch.attention_mask.bool()
-        assert ours.entered.shape == whole.entered.shape
-        apart = (ours.entered - whole.entered)[real].float().norm() / whole.entered[real].float().norm()
-        assert apart < (1e-5 if dtype == "fp32" else 2e-2)
-        tops = [tape.supervised(tape.run()).float() for tape in (whole, ours)]  # and the layers above go on from there
-        assert torch.allclose(*tops, rtol=1e-3, atol=1e-4) if dtype == "fp32" else torch.isfinite(tops[1]).all()
+    lead = beginning.batch.input_ids.shape[1]
+    assert lead == len(START)
+    packed = packing(examples, 100)
+    assert len(packed) > 1
+    seen: list[torch.Tensor] = []
+    with tapped(structure, 1, seen):
+        for rows in packed * 2:  # what is kept isn't used up
+            whole = record(structure, make_batch(examples, rows, PAD), 1)
+            rest = make_batch([sequence.after(lead) for sequence in examples], rows, PAD)
+            ours = record(structure, rest, 1, after=beginning)
+            assert ours.entered.shape == (1, lead + rest.input_ids.numel(), structure.hidden_size)
+            with torch.no_grad():
+                tops = [tape.supervised(tape.run()).float() for tape in (whole, ours)]
+            assert (tops[1] - tops[0]).norm() < (1e-5 if dtype == "fp32" else 2e-2) * tops[0].norm()
+            for kept in (None, 0):
+                seen.clear()
+                way = torch.randn(tops[0].shape, generator=torch.Generator().manual_seed(0))
+                for tape in (whole, ours):
+                    tape.there_and_back(lambda hidden: (hidden.float() * way).sum(), kept)  # noqa: B023
+                of_rest, of_lead = seen[1], seen[2]  # of the rows, and then of what they go on from
+                truth = seen[0] * whole.batch.attention_mask[..., None]
+                of_rest = of_rest * rest.attention_mask[..., None]
+                close = 1e-4 if dtype == "fp32" else 5e-2
+                assert (of_rest - truth[:, lead:]).norm() < close * truth.norm()
+                assert (of_lead - truth[:, :lead].sum(0)).norm() < close * truth.norm()
+                assert of_lead.norm() > 0
 
 
 def test_nothing_is_kept_where_it_would_not_pay(sequences, alike):

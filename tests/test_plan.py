@@ -6,10 +6,12 @@ import json
 import re
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,10 +39,12 @@ from pke_fast.rehearsal import twin_of, twin_of_config
 from pke_fast.requests import EditRequest, Pair
 from pke_fast.scoring import score_batch
 from pke_fast.structure import find_structure
+from pke_fast.tape import record
 from pke_fast.testing import FAMILIES, LAYERS, tiny_model, tiny_tokenizer
 
 CONFIG = PKEConfig(k=12, batch_size=4, locality_batch_size=4, window=(1, LAYERS), micro_batch_tokens=512)
 LONG, ANSWER = 40, 5
+OWN_CACHE = ["gpt2"] if transformers.__version__.startswith("4.") else []
 
 
 def load_of(n=12, length=LONG):
@@ -92,11 +96,36 @@ def test_a_rehearsed_batch_takes_what_the_real_one_takes(family, kept, monkeypat
         trainer.gradients(0)
         trainer.update(0)
 
-    for work in (scored, stepped):
+    def gone_on(structure):
+        columns = columns_of(structure, dict.fromkeys((1, 2), torch.arange(6)), CONFIG.edited)
+        begun = make_batch([Encoded(tuple(range(LONG // 2)), LONG // 2)], [0], 259)
+        more = {"pace": Pace(512, None, kept), "beginning": record(structure, begun, 1, begins=True)}
+        trainer = Trainer(structure, columns, made[:4], made[2:], CONFIG.replace(lr=1e-3), 259, **more)
+        trainer.gradients(0)
+        trainer.update(0)
+
+    whole = [scored, stepped] + [gone_on] * (family not in OWN_CACHE)
+    for work in whole:
         with LiveBytes(model) as watch:
             work(structure)
         assert watch.most > 4 * 32 * LONG * 6
         assert twin.rehearse(work, 1) == pytest.approx(watch.most, rel=0.03)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_all_begin_with_counts_once_in_an_edit(family):
+    """Its sequences then take less of the cache and of the time; scoring runs all of them whole."""
+    twin = twin_of(tiny_model(family), torch.float32)
+    whole, begun = (Planner(twin, CONFIG, replace(load_of(), begun=n)).plan(None) for n in (0, LONG // 2))
+    if family in OWN_CACHE:
+        assert begun == whole
+        return
+    micro_batches = 1
+    assert begun.cache == whole.cache // 2 + micro_batches * LONG // 2 * 32 * 4
+    assert begun.editing_flops == whole.editing_flops / 2
+    assert (begun.scoring, begun.scoring_flops) == (whole.scoring, whole.scoring_flops)
+    low = CONFIG.replace(window=(0, LAYERS))  # with no layers below, nothing is taken off
+    assert Planner(twin, low, replace(load_of(), begun=8)).plan(None) == Planner(twin, low, load_of()).plan(None)
 
 
 def test_layers_that_keep_their_graph_and_tokens_cost_memory():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -36,26 +36,9 @@ def test_replay_is_the_models_own_forward(family, first, sequences):
         assert torch.equal(tape.supervised(top), head_input.flatten(0, 1)[batch.positions])
 
 
-@contextmanager
-def tapped(structure, layer, seen):
-    """A hook that sees the gradient at a layer's MLP output, as the taps of scoring and editing do."""
-    anchor = torch.zeros((), requires_grad=True)
-
-    def tap(_module, _args, out):
-        if not torch.is_grad_enabled():
-            return out
-        out = out + 0 * anchor
-        out.register_hook(lambda grad: seen.append(grad.clone()))
-        return out
-
-    handle = structure.mlps[layer].down.register_forward_hook(tap)
-    yield
-    handle.remove()
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kept", [None, 0, 1, 2, 100])
-def test_gradients_are_the_models_own_however_many_layers_keep_their_graph(family, kept, sequences):
+def test_gradients_are_the_models_own_however_many_layers_keep_their_graph(family, kept, sequences, tapped):
     model = tiny_model(family).requires_grad_(False)
     structure = find_structure(model)
     (batch,) = pack(sequences(4), 10_000, PAD)
@@ -80,7 +63,7 @@ def test_gradients_are_the_models_own_however_many_layers_keep_their_graph(famil
         torch.testing.assert_close(grad, 0.5 * wanted, rtol=1e-5, atol=1e-7)
 
 
-def test_layers_that_keep_no_graph_keep_no_memory(sequences):
+def test_layers_that_keep_no_graph_keep_no_memory(sequences, tapped):
     structure = find_structure(tiny_model("llama").requires_grad_(False))
     (batch,) = pack(sequences(4), 10_000, PAD)
     tape = record(structure, batch, 0)
