@@ -193,6 +193,22 @@ def test_pairs_are_held_at_a_few_tokens_of_their_prompts_too(quick):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_what_a_template_writes_is_not_held(quick):
+    """All prompts begin and end with it, so nothing is learnt there of one prompt or another."""
+    config = CONFIG.replace(prompt_tokens=1000, system_prompt="You are of help.", suffix_system_prompt="Answer!")
+    with workbench(tiny_model("llama"), tiny_tokenizer(), config) as bench:
+        pairs = [Pair("abcde", "fine"), Pair("fghij", "good"), Pair("kl", "well")]
+        job = prepare(bench, REQUESTS, pairs)
+        held = job.held(bench)
+        ids = [bench.encoder.prompt_ids(pair.prompt) for pair in pairs]
+        own = [set(places) for places in ((s.held) for s in held)]
+    begun = next(place for place, tokens in enumerate(zip(*ids, strict=False)) if len(set(tokens)) > 1)
+    ended = next(nth for nth, tokens in enumerate(zip(*(i[::-1] for i in ids), strict=False)) if len(set(tokens)) > 1)
+    assert begun > 8
+    assert ended > 4
+    assert own == [set(range(begun, len(i) - ended)) for i in ids]
+
+
 def test_every_pair_has_two_sides_and_no_prompt_is_on_both():
     pairs = shipped._records("pairs")
     assert all(set(pair) >= {"harmful", "harmless", "ground_truth"} for pair in pairs)
