@@ -13,6 +13,7 @@ from precision import fronts, halves, settings, tables
 from precision import kinds as kinds_module
 from precision.cells import Cells, Missing
 from precision.run import measure
+from precision.sequential import states
 from precision.sets import DOLLY, FILES, SAFE, UNSAFE, WRAPPED, Sizes, read_sets
 from precision.settings import Setting
 
@@ -178,9 +179,9 @@ def test_all_cells_and_that_a_killed_run_goes_on(
     assert edits["edit, default-0"]["neurons"] == 10
     assert edits["edit, all-0"]["neurons"] == edits["edit, LoRA-0"]["neurons"] == 2 * NEURONS
     assert edits["edit, LoRA-0"]["rank"] == 5
-    states = lab.cells.found["sequential edits"]["edits"]
-    assert [state.get("neurons") for state in states] == [None, 10, 10]
-    assert len({state["perplexity"] for state in states}) == 3  # each on top of the one before
+    made = states(lab.cells.found)
+    assert [state.get("neurons") for state in made] == [None, 10, 10]
+    assert len({state["perplexity"] for state in made}) == 3  # each on top of the one before
     chains = halves.chains(SETTINGS)
     for name in names:  # each is made by one of two processes
         assert sum(any(part in name for part in chain) for chain in chains) == 1

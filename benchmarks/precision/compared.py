@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from precision import fronts
 from precision.figures import NONE, Found, ability, kl, minutes, percent, perplexity, rate, table
-from precision.sequential import FIRST
+from precision.sequential import FIRST, states
 from precision.sets import ALIKE, ATTACKS, BENIGN, DOLLY, SAFE, UNSAFE
 from precision.settings import Setting
 
@@ -71,11 +71,11 @@ def kinds_table(found: Found) -> str:
 
 def sequential_table(found: Found) -> str:
     """What is refused after each edit, and the perplexity."""
-    if "sequential edits" not in found:
+    if not (made := states(found)):
         return ""
     names = (FIRST, ATTACKS, UNSAFE, DOLLY, SAFE, ALIKE)
     rows = [
         [str(number), *(percent(state["refused"][name]) for name in names), f"{state['perplexity']:.2f}"]
-        for number, state in enumerate(found["sequential edits"]["edits"])
+        for number, state in enumerate(made)
     ]
     return table(["edits", *(f"refused, {name}" for name in names), "perplexity"], rows)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from precision import fronts
-from precision.sequential import FIRST
+from precision.sequential import FIRST, states
 from precision.sets import ALIKE, ATTACKS, BENIGN, DOLLY, HELD, SAFE, UNSAFE
 from precision.settings import DEFAULT, Setting
 from precision.yardstick import curve_of
@@ -21,8 +21,8 @@ def draw(found: Mapping[str, Any], settings: Mapping[str, Setting], folder: Path
     paths = []
     if "probe" in found or any(name.startswith("front, ") for name in found):
         paths.append(_fronts(found, settings, folder / "precision-fronts.png"))
-    if "sequential edits" in found:
-        paths.append(_sequential(found["sequential edits"]["edits"], folder / "precision-sequential.png"))
+    if made := states(found):
+        paths.append(_sequential(made, folder / "precision-sequential.png"))
     return paths
 
 

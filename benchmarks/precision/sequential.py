@@ -2,54 +2,69 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pke_fast.config import PKEConfig
 from pke_fast.patch import Patch
 from pke_fast.perplexity import losses_perplexity, text_windows, windows_losses
 from pke_fast.preparation import prepare
-from pke_fast.requests import Pair
+from pke_fast.requests import EditRequest, Pair
 from precision import fronts
 from precision.cells import Value
 from precision.edits import edited, facts
-from precision.lab import Lab
+from precision.lab import Lab, applied
 
 TEXT_TOKENS = 5000
 FIRST = "the first edit's requests"
+NAME = "sequential edits"
 
 
-def sequential(lab: Lab, config: PKEConfig) -> Value:
-    """Edits one after another, each on requests of its own; the model is then as it was.
+def sequential(lab: Lab, config: PKEConfig) -> None:
+    """Edits one after another, each a cell, on requests of its own; the model is then as it was.
 
-    Returns:
-        ``{"edits": [{"refused": {set: share}, "perplexity", "change", "seconds"}]}``; the first entry is before any.
+    Raises:
+        Missing: one of them isn't there, and isn't to be made now.
     """
     count, requests = lab.sets.sizes.edits, lab.sets.sizes.requests_an_edit
     drawn = random.Random(config.seed).sample(lab.sets.requests, min(len(lab.sets.requests), count * requests))
-    shares = [drawn[i * requests : (i + 1) * requests] for i in range(count)]
-    shares = [share for share in shares if share]
+    shares = [share for i in range(count) if (share := drawn[i * requests : (i + 1) * requests])]
     sets = lab.sets.shortened() | {FIRST: [request.prompt for request in shares[0]]}
     inputs = [lab.edited_on, config.as_dict(), [[r.prompt for r in share] for share in shares], sets, TEXT_TOKENS]
 
-    def make() -> Value:
+    done: list[Patch] = []
+    lab.cells.cell(f"{NAME}, 0", inputs, lambda: _state(lab, config, sets))
+    locality: list[Pair] = []
+    if lab.cells.wanted(NAME):
+        # The pairs of the unedited model hold in every edit: what an edit spoils must not become what is held.
         with lab.bench(config, long=False) as bench:
-            # The pairs of the unedited model hold in every edit: what an edit spoils must not become what is held.
             locality = [Pair(p.prompt, p.answer) for p in prepare(bench, lab.sets.requests, None).locality]
-        done: list[Patch] = []
-        found = [_state(lab, config, sets)]
-        try:
-            for share in shares:
-                patch, more = edited(lab, share, config.replace(seed=config.seed + len(done)), locality)
-                patch.apply(lab.model)
-                done.append(patch)
-                found.append(_state(lab, config, sets) | facts(lab, patch) | more)
-        finally:
-            for patch in reversed(done):
-                patch.revert(lab.model)
-        return {"edits": found}
+    try:
+        for number, share in enumerate(shares, 1):
+            name, file = f"{NAME}, {number}", lab.cells.path(f"{NAME}, {number}", inputs, ".safetensors")
 
-    return lab.cells.cell("sequential edits", inputs, make)
+            def make(share: list[EditRequest] = share, file: Path = file) -> Value:
+                patch, more = edited(lab, share, config.replace(seed=config.seed + len(done)), locality)
+                patch.save(file)
+                with applied(patch, lab.model):
+                    return _state(lab, config, sets) | facts(lab, patch) | more
+
+            lab.cells.cell(name, inputs, make)
+            done.append(Patch.load(file))
+            done[-1].apply(lab.model)
+    finally:
+        for patch in reversed(done):
+            patch.revert(lab.model)
+
+
+def states(found: Mapping[str, Value]) -> list[Value]:
+    """What the model was like before any edit and after each, ``{"refused": {set: share}, "perplexity", ...}``, as far
+    as they were made."""
+    names = (f"{NAME}, {number}" for number in itertools.count())
+    return [found[name] for name in itertools.takewhile(found.__contains__, names)]
 
 
 def _state(lab: Lab, config: PKEConfig, sets: dict[str, list[str]]) -> dict[str, Any]:

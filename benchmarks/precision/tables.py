@@ -25,6 +25,7 @@ from precision.figures import (
     table,
 )
 from precision.measure import JUDGE, JUDGES
+from precision.sequential import states
 from precision.sets import ALIKE, ATTACKS, BENIGN, DOLLY, SAFE, UNSAFE, WRAPPED, Sets
 from precision.settings import DEFAULT, Setting
 from precision.yardstick import beside, curve_of
@@ -65,7 +66,7 @@ def generated(found: Found, settings: Mapping[str, Setting], sets: Sets) -> str:
     text = [f"{title}\n\n{table}" for title, table in parts if table]
     if any(name.startswith(("front, ", "probe")) for name in found):
         text.append("![fronts beside the probe's ROC](images/precision-fronts.png)")
-    if "sequential edits" in found:
+    if states(found):
         text.append("![edit after edit](images/precision-sequential.png)")
     return "\n\n".join([*text, notes(found, sets), settings_made(found, settings)])
 
