@@ -24,6 +24,7 @@ from pke_fast.placement import downwards
 from pke_fast.prefix import KeysAndValues, Prefix
 from pke_fast.structure import Structure, first_tensor, hooks, replaced_forward, split_hidden
 
+_CACHE = object()
 _IN_BEGINNING: ContextVar[bool] = ContextVar("in_beginning", default=False)
 
 
@@ -34,27 +35,24 @@ def in_beginning() -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """The arguments of one decoder layer's call, less its hidden state.
-
-    Attributes:
-        cache: transformers' cache, where it is one of them.
-    """
+    """The arguments of one decoder layer's call, less its hidden state; _CACHE stands for transformers' cache."""
 
     positional: bool
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    cache: Any = None
 
     def on(self, layer: Any, hidden: Tensor, kept: KeysAndValues | None = None) -> Tensor:
         """What the layer returns for `hidden` [B, T, d]; `kept` takes the cache's place."""
-        args, kwargs = self.args, self.kwargs
-        if self.cache is not None:
-            kept = kept or KeysAndValues()
-            args = tuple(kept if value is self.cache else value for value in args)
-            kwargs = {name: kept if value is self.cache else value for name, value in kwargs.items()}
+        call = self.swapped(_CACHE, kept)
         if self.positional:
-            return first_tensor(layer(hidden, *args, **kwargs))
-        return first_tensor(layer(*args, hidden_states=hidden, **kwargs))
+            return first_tensor(layer(hidden, *call.args, **call.kwargs))
+        return first_tensor(layer(*call.args, hidden_states=hidden, **call.kwargs))
+
+    def swapped(self, old: Any, new: Any) -> Call:
+        """The same call with one argument in another's place."""
+        args = tuple(new if value is old else value for value in self.args)
+        kwargs = {name: new if value is old else value for name, value in self.kwargs.items()}
+        return Call(self.positional, args, kwargs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +182,8 @@ def record(
 
     def keep_call(_module: Any, args: Any, kwargs: Any) -> None:
         hidden, rest, named = split_hidden(args, kwargs)
-        calls.append(Call(bool(args), rest, named, cache))
+        call = Call(bool(args), rest, named)
+        calls.append(call if cache is None else call.swapped(cache, _CACHE))  # it holds all layers below: let it go
         if not entered:
             entered.append(hidden)
 

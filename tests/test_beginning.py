@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 
 import pytest
 import torch
@@ -79,6 +80,19 @@ def test_the_rest_goes_on_as_if_it_had_run_whole(family, dtype, alike, tapped):
                 assert (of_rest - truth[:, lead:]).norm() < close * truth.norm()
                 assert (of_lead - truth[:, :lead].sum(0)).norm() < close * truth.norm()
                 assert of_lead.norm() > 0
+
+
+def test_keys_and_values_of_the_layers_below_are_let_go(alike, monkeypatch):
+    """A tape keeps what enters its lowest layer alone."""
+    structure = find_structure(tiny_model("llama").requires_grad_(False))
+    examples = alike(4)
+    beginning = beginning_of(structure, examples, 2, PAD)
+    made, rows = [], Prefix.rows
+    monkeypatch.setattr(Prefix, "rows", lambda self, n: made.append(weakref.ref(cache := rows(self, n))) or cache)
+    tape = record(structure, make_batch([s.after(len(START)) for s in examples], range(4), PAD), 2, after=beginning)
+    assert len(made) == 1
+    assert made[0]() is None
+    assert tape.run().isfinite().all()
 
 
 def test_nothing_is_kept_where_it_would_not_pay(sequences, alike):
