@@ -152,8 +152,13 @@ def _companions(encoder: PromptEncoder, config: PKEConfig, requests: Sequence[Ed
     asked = {request.prompt for request in requests}
     others = [replace(r, target_new=config.refusal) for r in shipped.harmful() if r.prompt not in asked]
     beside = shipped.some(others, config.companions)
-    plain = [request.prompt for request in (*requests, *beside)]
-    framed = [EditRequest(p, config.refusal, FRAMED_ANSWER) for p in shipped.framed(plain, config.framed)]
+    together = (*requests, *beside)
+    chosen = shipped.some(together, int(len(together) * config.framed))
+    texts = shipped.framed([request.prompt for request in chosen], 1.0)
+    framed = [
+        EditRequest(text, request.target_new or config.refusal, FRAMED_ANSWER)
+        for text, request in zip(texts, chosen, strict=True)
+    ]
     return [request for request in (*beside, *framed) if encoder.fits(request.prompt)]
 
 

@@ -66,7 +66,10 @@ def test_companions_are_shipped_requests_and_frames_around_both_sides(quick):
     assert {request.ground_truth for request in framed} == {FRAMED_ANSWER}
     asked = {request.prompt for request in (*REQUESTS, *plain)}
     assert {unframed(request.prompt)[0] for request in framed} <= asked
-    assert all(request.target_new == CONFIG.refusal for request in job.companions)
+    given = {request.prompt: request.target_new for request in REQUESTS}
+    for request in job.companions:  # a frame changes nothing of what a given request asks for
+        assert request.target_new == given.get(unframed(request.prompt)[0], CONFIG.refusal)
+    assert {"Never.", CONFIG.refusal} == {request.target_new for request in framed}
     benign = [unframed(pair.prompt) for pair in job.locality]
     assert sum(is_framed for _, is_framed in benign) == int(CONFIG.framed * CONFIG.shipped_pairs)
     assert len(benign) == CONFIG.shipped_pairs + int(CONFIG.framed * CONFIG.shipped_pairs)
