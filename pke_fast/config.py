@@ -92,7 +92,7 @@ class PKEConfig:
     score_requests: int = 256
     score_pairs: int = 128
     companions: int = 256
-    shipped_pairs: int = 1600
+    shipped_pairs: int = 1400
     framed: float = 0.1
     detectors: bool = True
     num_steps: int = 36
