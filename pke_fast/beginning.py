@@ -26,10 +26,11 @@ def shared(sequences: Sequence[Encoded]) -> tuple[int, ...]:
 
 
 def beginning_of(structure: Structure, sequences: Sequence[Encoded], first: int, pad_id: int) -> Tape | None:
-    """The tape of what all sequences begin with, up to the layer `first`; None where that saves nothing, or where the
-    model doesn't go on from it as if it had run whole, which two of the sequences show."""
+    """The tape of what all sequences begin with, up to the layer `first`; None where that saves nothing (layers whose
+    weights come and go would be brought twice), or where the model doesn't go on from it as if it had run whole, which
+    two of the sequences show."""
     ids = shared(sequences)
-    if not ids or first == 0:
+    if not ids or first == 0 or structure.lowest_kept > first:
         return None
     two = sorted(sequences, key=lambda sequence: len(sequence.ids))[:2]
     rest = [sequence.after(len(ids)) for sequence in two]

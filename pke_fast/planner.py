@@ -73,8 +73,7 @@ class Planner:
         self._sizes = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in twin.structure.layers]
         self._kind = "cuda" if device.startswith("cuda") else "cpu"
         self._most = config.micro_batch_tokens or PREFERRED[self._kind]
-        self._begun = load.begun if edits and self._goes_on(load.begun) else 0
-        self._rest = load.after(self._begun)  # what is edited on
+        self._shared = load.begun if edits and self._goes_on(load.begun) else 0
 
     def plan(self, budget: int | None) -> Plan:
         """The fastest plan that fits; with weights left on disk, or layers offloaded, where nothing else does.
@@ -277,6 +276,16 @@ class Planner:
         scoring = math.ceil(scored / tokens) * through * (self._config.method == "pke")
         editing = once * sum(sizes[:lowest]) + math.ceil(stepped / tokens) * 2 * sum(sizes[lowest:])
         return scoring + editing * self._edits
+
+    @property
+    def _begun(self) -> int:
+        """Tokens that an edit's sequences go on from: none where weights of edited layers come and go."""
+        return 0 if max(self._offloaded, self._residence.kept_from) > self._window[0] else self._shared
+
+    @property
+    def _rest(self) -> Load:
+        """What is edited on."""
+        return self._load.after(self._begun)
 
     def _tapes(self, tokens: int) -> int:
         """How many micro-batches hold all that is edited on."""

@@ -17,7 +17,7 @@ from pke_fast.editing import edit_columns
 from pke_fast.encoding import Encoded, PromptEncoder
 from pke_fast.generation import generate
 from pke_fast.prefix import LEAST, Prefix, common
-from pke_fast.structure import find_structure
+from pke_fast.structure import Structure, find_structure
 from pke_fast.tape import record
 from pke_fast.testing import CONTEXT, FAMILIES, tiny_model, tiny_tokenizer
 
@@ -95,11 +95,14 @@ def test_keys_and_values_of_the_layers_below_are_let_go(alike, monkeypatch):
     assert tape.run().isfinite().all()
 
 
-def test_nothing_is_kept_where_it_would_not_pay(sequences, alike):
+def test_nothing_is_kept_where_it_would_not_pay(sequences, alike, monkeypatch):
     structure = find_structure(tiny_model("llama").requires_grad_(False))
     assert beginning_of(structure, sequences(5), 2, PAD) is None  # they don't begin alike
     assert beginning_of(structure, alike(5), 0, PAD) is None  # there are no layers below
     assert beginning_of(structure, alike(1), 2, PAD) is None
+    assert beginning_of(structure, alike(5), 2, PAD) is not None
+    monkeypatch.setattr(Structure, "lowest_kept", 3)  # the weights of layer 2 come and go: twice as often
+    assert beginning_of(structure, alike(5), 2, PAD) is None
 
 
 def spoil(monkeypatch, how, model, ids):

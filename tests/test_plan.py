@@ -32,7 +32,7 @@ from pke_fast.errors import InputError
 from pke_fast.kinds import PROJECTIONS
 from pke_fast.mapped import mapped_bytes
 from pke_fast.pace import LEAST_TOKENS, Pace
-from pke_fast.plan import Load
+from pke_fast.plan import Load, Residence
 from pke_fast.planner import Planner
 from pke_fast.planning import plan_loaded
 from pke_fast.rehearsal import twin_of, twin_of_config
@@ -126,6 +126,10 @@ def test_what_all_begin_with_counts_once_in_an_edit(family):
     assert (begun.scoring, begun.scoring_flops) == (whole.scoring, whole.scoring_flops)
     low = CONFIG.replace(window=(0, LAYERS))  # with no layers below, nothing is taken off
     assert Planner(twin, low, replace(load_of(), begun=8)).plan(None) == Planner(twin, low, load_of()).plan(None)
+    coming = Residence(away=1, kept_from=2)  # and where weights of edited layers come and go, neither
+    loads = load_of(), replace(load_of(), begun=LONG // 2)
+    one, other = (Planner(twin, CONFIG, load, residence=coming).plan(None) for load in loads)
+    assert one == other
 
 
 def test_layers_that_keep_their_graph_and_tokens_cost_memory():
