@@ -2,13 +2,14 @@
 
 What the model knows of a prompt stands in the residual stream at its last token: a linear probe reads it off in one
 pass, where steps of Adam find it slowly. So a neuron's gate row becomes that probe (its activation is then about 0 for
-benign prompts and at all other tokens), its up row tells prompts' last tokens from all others, and its column of down
+benign prompts and at other tokens), its up row tells prompts' last tokens from all others, and its column of down
 points where the safe answers' loss falls. The steps that follow begin there, and change these weights as all others.
 
     min over w, b:  sum_n s_n log(1 + exp(-y_n (w . x_n / rms + b c . x_n + gate's bias))) + RIDGE |w|^2
 
 x: the MLP's input. y = 1 at the last token of harmful prompts, -1 at that of benign ones and at other tokens of both;
-each of the three has a share s of the whole: 1/2, 1/2 and OTHERS_SHARE. c . x is about 1 at last tokens and 0 at
+each of the three has a share s of the whole: 1/2, 1/2 and OTHERS_SHARE. Tokens that all sequences begin with, a
+template's, are none of them. c . x is about 1 at last tokens and 0 at
 others (ridge regression): the intercept stands there, since most MLPs have no biases, and those that there are stay as
 they are.
 """
@@ -71,10 +72,16 @@ class Detectors:
     Args:
         columns: what the edit changes; a layer can have a detector if all its projections are among them, and its
             activation is known.
+        common: tokens at the beginning of every row that all sequences share: they are none of the others.
     """
 
     def __init__(
-        self, structure: Structure, columns: Sequence[Columns], config: PKEConfig, ranks: Ranks = ALONE
+        self,
+        structure: Structure,
+        columns: Sequence[Columns],
+        config: PKEConfig,
+        ranks: Ranks = ALONE,
+        common: int = 0,
     ) -> None:
         by_layer: dict[int, dict[str, Columns]] = {}
         for column in columns:
@@ -86,7 +93,7 @@ class Detectors:
                 able[layer] = _Detector(parts["gate"], parts.get("up"), parts["down"], mlp.act)
         skipped = max(0, len(able) - LAYERS) // 2
         chosen = sorted(able)[skipped : skipped + LAYERS] if _wanted(config) else []
-        self._seed, self._ranks = config.seed, ranks
+        self._seed, self._ranks, self._common = config.seed, ranks, common
         self._detectors = [able[layer] for layer in chosen]
         self._sides: tuple[Side, Side] = ({}, {})
 
@@ -110,7 +117,7 @@ class Detectors:
         places = [row * self._ranks.size + self._ranks.rank for row in batch.rows]  # the same for any number of ranks
         spots = []
         for row, (end, length) in enumerate(zip(last, lengths, strict=True)):
-            others = [row * width + t for t in range(length) if row * width + t != end]
+            others = [row * width + t for t in range(self._common, length) if row * width + t != end]
             draw = random.Random(f"{self._seed} {minibatch} {places[row]}")
             spots += [end, *(draw.choice(others or [end]) for _ in range(OTHERS))]
         index, kept = torch.tensor(spots), []

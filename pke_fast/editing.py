@@ -18,7 +18,7 @@ from pke_fast.beginning import beginning_of
 from pke_fast.columns import Columns, columns_of, gradients_into, put_back_on_failure
 from pke_fast.config import PKEConfig
 from pke_fast.detectors import Detectors, Pull
-from pke_fast.encoding import Encoded
+from pke_fast.encoding import Encoded, shared
 from pke_fast.errors import EditError
 from pke_fast.layer_patch import LayerPatch
 from pke_fast.objective import answer_loss, locality_loss
@@ -377,10 +377,13 @@ def edit_columns(
     columns = columns_of(structure, hot_spots, config.edited)
     with put_back_on_failure(columns):
         kept = snapshot.load()
-        detectors = Detectors(structure, columns, config, ranks) if locality and kept is None else None
         with stage("Running the layers below, once", len(requests) + len(locality)) as advance:
-            beginning = beginning_of(structure, [*requests, *locality], min(c.layer for c in columns), pad_id)
-            begun = 0 if beginning is None else beginning.batch.input_ids.shape[1]
+            every = [*requests, *locality]
+            beginning = beginning_of(structure, every, min(c.layer for c in columns), pad_id)
+            begun = 0 if beginning is None else len(shared(every))
+            detectors = None
+            if locality and kept is None:
+                detectors = Detectors(structure, columns, config, ranks, len(shared(every)) - begun)
             trainer = Trainer(
                 structure,
                 columns,

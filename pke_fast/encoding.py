@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pke_fast.errors import InputError
+from pke_fast.prefix import LEAST, common
 
 if TYPE_CHECKING:
     from pke_fast.config import PKEConfig
@@ -38,6 +40,13 @@ class Encoded:
         """What is left without so many tokens, none of which is supervised."""
         held = tuple(place - beginning for place in self.held)
         return Encoded(self.ids[beginning:], self.prompt_length - beginning, held)
+
+
+def shared(sequences: Sequence[Encoded]) -> tuple[int, ...]:
+    """The tokens that all begin with, before any that is supervised; () where they are too few to be worth it."""
+    ids = common([sequence.ids for sequence in sequences])
+    ids = ids[: min((sequence.supervised[0] for sequence in sequences), default=0)]
+    return ids if len(ids) >= LEAST else ()
 
 
 class PromptEncoder:
@@ -86,6 +95,11 @@ class PromptEncoder:
         if not ids:
             raise InputError("a prompt has no tokens", expected="some text", got=repr(prompt))
         return ids
+
+    def around(self) -> tuple[int, int]:
+        """How many tokens every prompt begins and ends with: a template's, and those of the fixed prompts."""
+        one, other = (self.prompt_ids(text) for text in ("Hello", "Why"))
+        return len(common((one, other), least=1)), len(common((one[::-1], other[::-1]), least=1))
 
     def fits(self, prompt: str) -> bool:
         """Whether the rendered prompt leaves room for an answer."""

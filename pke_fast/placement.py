@@ -108,8 +108,11 @@ def is_spread(model: nn.Module) -> bool:
 
 def comes_and_goes(layer: nn.Module) -> bool:
     """Whether some of a layer's weights are only there while it is called: it had better keep no graph."""
-    if hasattr(layer, BROUGHT):
-        return True
+    return hasattr(layer, BROUGHT) or brought_at_every_call(layer)
+
+
+def brought_at_every_call(layer: nn.Module) -> bool:
+    """Whether accelerate brings some of a layer's weights anew whenever it is called."""
     return any(getattr(hook, "offload", False) for module in layer.modules() for hook in _hooks(module))
 
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pke_fast.beginning import shared
-from pke_fast.encoding import Encoded
+from pke_fast.encoding import Encoded, shared
 from pke_fast.pace import Pace
 
 

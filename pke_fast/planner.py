@@ -6,6 +6,7 @@ saves one more forward of it; fewer tokens at once use the device less well.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -25,6 +26,8 @@ from pke_fast.scoring import score_batch
 from pke_fast.staging import staging_bytes
 from pke_fast.structure import Structure
 from pke_fast.tape import Tape, record
+
+LOG = logging.getLogger(__name__)
 
 # Tokens at once from which on more gain little, and those at which half the time goes into reading weights: a CPU is
 # busy with a few rows; a GPU of 150 to 300 flops a byte needs as many.
@@ -73,7 +76,8 @@ class Planner:
         self._sizes = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in twin.structure.layers]
         self._kind = "cuda" if device.startswith("cuda") else "cpu"
         self._most = config.micro_batch_tokens or PREFERRED[self._kind]
-        self._shared = load.begun if edits and self._goes_on(load.begun) else 0
+        self._begun = load.begun if edits and self._goes_on(load.begun) else 0
+        self._rest = load.after(self._begun)  # what is edited on
 
     def plan(self, budget: int | None) -> Plan:
         """The fastest plan that fits; with weights left on disk, or layers offloaded, where nothing else does.
@@ -214,9 +218,10 @@ class Planner:
         there = self._first + 3 * self._scored - scoring_kept
         away = sum(self._sizes[: self._offloaded])
         staging = staging_bytes(structure.layers) if away else self._twin.layer_weights * bool(self._residence.away)
-        every = config.num_steps * (config.batch_size + config.locality_batch_size * bool(load.locality))
+        minibatch = config.batch_size, config.locality_batch_size * bool(load.locality)
         sequences = max(1, load.requests + load.locality)
-        below, stepped = self._rest.tokens * self._window[0], every * self._rest.tokens / sequences
+        step = sum(minibatch) * self._rest.tokens / sequences + self._begun * self._tapes(tokens, *minibatch)
+        below, stepped = self._rest.tokens * self._window[0], config.num_steps * step
         sampled = min(load.requests, config.score_requests) + min(load.locality, config.score_pairs)
         scored = sampled * load.tokens / sequences
         editing = forward * (below + stepped * (3 * self._edited - editing_kept))
@@ -231,7 +236,7 @@ class Planner:
             self._on_disk,
             2 * 3 * len(structure.layers) * self._neurons * FP32 if pke else 0,
             self._peak("scoring", tokens, scoring_kept) if pke else 0,
-            (self._rest.tokens + self._begun * self._tapes(tokens)) * structure.hidden_size * item if edits else 0,
+            (self._rest.tokens + self._begun) * structure.hidden_size * item if edits else 0,
             columns,
             max(0, self._peak("editing", tokens, editing_kept) - columns) if edits else 0,  # they are rehearsed with it
             forward * scored * there if pke else 0.0,
@@ -271,33 +276,25 @@ class Planner:
     def _brought(self, tokens: int, scored: float, stepped: float) -> int:
         """Bytes of offloaded layers that are copied: once on the way up, once more on the way back."""
         sizes, lowest = self._sizes[: self._offloaded], self._window[0]
-        once = self._tapes(tokens)
+        once = math.ceil(self._rest.tokens / tokens)
         through = sum(sizes) + sum(sizes[self._first :])
         scoring = math.ceil(scored / tokens) * through * (self._config.method == "pke")
         editing = once * sum(sizes[:lowest]) + math.ceil(stepped / tokens) * 2 * sum(sizes[lowest:])
         return scoring + editing * self._edits
 
-    @property
-    def _begun(self) -> int:
-        """Tokens that an edit's sequences go on from: none where weights of edited layers come and go."""
-        return 0 if max(self._offloaded, self._residence.kept_from) > self._window[0] else self._shared
-
-    @property
-    def _rest(self) -> Load:
-        """What is edited on."""
-        return self._load.after(self._begun)
-
-    def _tapes(self, tokens: int) -> int:
-        """How many micro-batches hold all that is edited on."""
-        return math.ceil(self._rest.tokens / tokens)
+    def _tapes(self, tokens: int, requests: int, locality: int) -> int:
+        """How many micro-batches hold minibatches of so many sequences."""
+        each = self._rest.tokens / max(1, self._rest.requests + self._rest.locality)
+        return sum(math.ceil(count * each / tokens) for count in (requests, locality))
 
     def _goes_on(self, begun: int) -> bool:
         """Whether an edit's sequences go on from what all begin with: the model has to be of a kind that can."""
-        if not begun or not self._window[0]:
+        if not begun or not self._window[0] or self._residence.kept_from > self._window[0]:
             return False
         try:
             self._twin.rehearse(lambda structure: self._after(structure, begun), self._window[0])
-        except Exception:  # noqa: BLE001  as in `beginning_of`
+        except Exception as error:  # noqa: BLE001  as in `beginning_of`
+            LOG.info("every sequence will run whole: %s", error)
             return False
         return True
 

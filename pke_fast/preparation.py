@@ -19,7 +19,6 @@ from pke_fast.encoding import Encoded, PromptEncoder
 from pke_fast.errors import InputError
 from pke_fast.files import cache_folder
 from pke_fast.judges import get_judge
-from pke_fast.prefix import common
 from pke_fast.requests import EditRequest, Pair, read_pairs, write_pairs
 from pke_fast.workbench import Workbench
 
@@ -71,7 +70,7 @@ class Job:
     def held(self, bench: Workbench) -> list[Encoded]:
         """The same as `benign`, as an edit holds them: at a few tokens within the prompt too, drawn by the seed."""
         seeds = [f"{bench.config.seed} {pair.prompt}" for pair in self.locality]
-        return _held(self.benign(bench), bench.config.prompt_tokens, seeds)
+        return _held(bench.encoder, self.benign(bench), bench.config.prompt_tokens, seeds)
 
 
 def prepare(bench: Workbench, requests: Sequence[EditRequest], locality: Sequence[Pair] | None) -> Job:
@@ -120,14 +119,13 @@ def lengths(
     prompts = [encoder.prompt_ids(prompt) for prompt in [p.prompt for p in given] or _shipped_prompts(encoder, config)]
     room = config.locality_tokens
     answered = [Encoded((*ids, *[0] * min(room, encoder.limit - len(ids))), len(ids)) for ids in prompts]
-    return safe, _held(answered, config.prompt_tokens, [""] * len(answered))
+    return safe, _held(encoder, answered, config.prompt_tokens, [""] * len(answered))
 
 
-def _held(sequences: Sequence[Encoded], most: int, seeds: Sequence[str]) -> list[Encoded]:
+def _held(encoder: PromptEncoder, sequences: Sequence[Encoded], most: int, seeds: Sequence[str]) -> list[Encoded]:
     """The sequences, each held at all places of its prompt before the last, or so many of them; not at those that a
-    template writes, which all prompts begin and end with."""
-    prompts = [sequence.ids[: sequence.prompt_length] for sequence in sequences]
-    begun, ended = len(common(prompts, least=1)), len(common([prompt[::-1] for prompt in prompts], least=1))
+    template writes, the same in every prompt."""
+    begun, ended = encoder.around()
     held = []
     for sequence, seed in zip(sequences, seeds, strict=True):
         within = range(begun, sequence.prompt_length - max(1, ended))

@@ -59,12 +59,12 @@ class Call:
 class Tape:
     """One micro-batch, brought to the layer `first`.
 
-    Its hidden state is [B, T, d]; where it goes on from another tape of P tokens, [1, P + B * T, d].
+    The hidden state between two layers is [B, T, d]; where it goes on from another tape of P tokens, [1, P + B * T, d].
 
     Attributes:
         first: the lowest layer that can be replayed.
         calls: the calls of the layers first .. L - 1.
-        entered: the hidden state that enters layer `first`; it needs no gradient.
+        entered: what enters layer `first`, [B, T, d]; it needs no gradient.
         prefix: what the layers below keep of its tokens, if others are to go on from it.
         after: the tape that it goes on from.
     """
@@ -80,7 +80,13 @@ class Tape:
     @property
     def lead(self) -> int:
         """How many tokens its rows go on from."""
-        return 0 if self.after is None else self.after.batch.input_ids.shape[1]
+        return 0 if self.after is None else self.after.entered.shape[1]
+
+    def _enters(self) -> Tensor:
+        """The hidden state that enters layer `first`."""
+        if self.after is None:
+            return self.entered
+        return torch.cat([self.after.entered, self.entered.flatten(0, 1)[None]], 1)
 
     def replay(self, layer: int, hidden: Tensor) -> Tensor:
         """What `layer` returns for the hidden state, all else as it was recorded."""
@@ -99,7 +105,7 @@ class Tape:
 
     def outputs(self) -> Iterator[Tensor]:
         """The hidden state after each layer from `first` on."""
-        hidden = self.entered
+        hidden = self._enters()
         for layer in range(self.first, len(self.structure.layers)):
             hidden = self.replay(layer, hidden)
             yield hidden
@@ -136,7 +142,7 @@ class Tape:
         """
         top = len(self.structure.layers)
         keep = max(self.first, self.structure.lowest_kept, 0 if kept is None else top - kept)
-        states = [self.entered]
+        states = [self._enters()]
         with torch.no_grad():
             for layer in range(self.first, keep):
                 states.append(self.replay(layer, states[-1]))
@@ -177,13 +183,13 @@ def record(
     cache = None if prefix is None else prefix.cache
     if after is not None:
         assert after.prefix is not None
-        cache = after.prefix.rows(len(mask))
+        cache = after.prefix.once()
         mask = torch.cat([mask.new_ones(len(mask), len(after.prefix)), mask], 1)
 
     def keep_call(_module: Any, args: Any, kwargs: Any) -> None:
         hidden, rest, named = split_hidden(args, kwargs)
         call = Call(bool(args), rest, named)
-        calls.append(call if cache is None else call.swapped(cache, _CACHE))  # it holds all layers below: let it go
+        calls.append(call if cache is None else call.swapped(cache, _CACHE))
         if not entered:
             entered.append(hidden)
 
@@ -194,10 +200,7 @@ def record(
     ):
         cached = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
         structure.base(input_ids=batch.input_ids, attention_mask=mask, **cached)
-    (hidden,) = entered
-    if after is not None:
-        hidden = torch.cat([after.entered, hidden.flatten(0, 1)[None]], 1)
-    return Tape(structure, batch, first, calls, hidden, prefix, after)
+    return Tape(structure, batch, first, calls, entered[0], prefix, after)
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from pke_fast.editing import edit_columns
 from pke_fast.encoding import Encoded, PromptEncoder
 from pke_fast.generation import generate
 from pke_fast.prefix import LEAST, Prefix, common
-from pke_fast.structure import Structure, find_structure
+from pke_fast.structure import find_structure
 from pke_fast.tape import record
 from pke_fast.testing import CONTEXT, FAMILIES, tiny_model, tiny_tokenizer
 
@@ -64,7 +66,7 @@ def test_the_rest_goes_on_as_if_it_had_run_whole(family, dtype, alike, tapped):
             whole = record(structure, make_batch(examples, rows, PAD), 1)
             rest = make_batch([sequence.after(lead) for sequence in examples], rows, PAD)
             ours = record(structure, rest, 1, after=beginning)
-            assert ours.entered.shape == (1, lead + rest.input_ids.numel(), structure.hidden_size)
+            assert ours.entered.shape == (*rest.input_ids.shape, structure.hidden_size)
             with torch.no_grad():
                 tops = [tape.supervised(tape.run()).float() for tape in (whole, ours)]
             assert (tops[1] - tops[0]).norm() < (1e-5 if dtype == "fp32" else 2e-2) * tops[0].norm()
@@ -83,15 +85,31 @@ def test_the_rest_goes_on_as_if_it_had_run_whole(family, dtype, alike, tapped):
 
 
 def test_keys_and_values_of_the_layers_below_are_let_go(alike, monkeypatch):
-    """A tape keeps what enters its lowest layer alone."""
+    """Each is needed while its layer runs, and a tape keeps what enters its lowest layer alone."""
     structure = find_structure(tiny_model("llama").requires_grad_(False))
     examples = alike(4)
     beginning = beginning_of(structure, examples, 2, PAD)
-    made, rows = [], Prefix.rows
-    monkeypatch.setattr(Prefix, "rows", lambda self, n: made.append(weakref.ref(cache := rows(self, n))) or cache)
+    made, once, alive = [], Prefix.once, []
+
+    def watched(self):
+        cache = once(self)
+        made.append(weakref.ref(cache))
+        update = cache.update
+
+        def updated(*args, **kwargs):
+            keys, values = update(*args, **kwargs)
+            alive.append(weakref.ref(keys))
+            assert sum(ref() is not None for ref in alive) == 1
+            return keys, values
+
+        cache.update = updated
+        return cache
+
+    monkeypatch.setattr(Prefix, "once", watched)
     tape = record(structure, make_batch([s.after(len(START)) for s in examples], range(4), PAD), 2, after=beginning)
-    assert len(made) == 1
-    assert made[0]() is None
+    gc.collect()  # the test's own circle
+    assert len(alive) == 2
+    assert [ref() for ref in made] == [None]
     assert tape.run().isfinite().all()
 
 
@@ -101,20 +119,24 @@ def test_nothing_is_kept_where_it_would_not_pay(sequences, alike, monkeypatch):
     assert beginning_of(structure, alike(5), 0, PAD) is None  # there are no layers below
     assert beginning_of(structure, alike(1), 2, PAD) is None
     assert beginning_of(structure, alike(5), 2, PAD) is not None
-    monkeypatch.setattr(Structure, "lowest_kept", 3)  # the weights of layer 2 come and go: twice as often
+    structure.layers[2]._hf_hook = SimpleNamespace(offload=True)  # its weights would come twice as often
     assert beginning_of(structure, alike(5), 2, PAD) is None
 
 
 def spoil(monkeypatch, how, model, ids):
     """Makes going on fail, or attend to another beginning than there was."""
-    whole, other = Prefix.rows, Prefix.of(model, ids[::-1], torch.device("cpu"))
+    other = Prefix.of(model, ids[::-1], torch.device("cpu"))
 
-    def rows(_self, count):
-        if how == "raises":
-            raise TypeError("no such cache")
-        return whole(other, count)
+    def spoilt(own):
+        def made(_self, *args):
+            if how == "raises":
+                raise TypeError("no such cache")
+            return own(other, *args)
 
-    monkeypatch.setattr(Prefix, "rows", rows)
+        return made
+
+    for name in ("rows", "once"):
+        monkeypatch.setattr(Prefix, name, spoilt(getattr(Prefix, name)))
 
 
 @pytest.mark.parametrize("how", ["raises", "is wrong"])
@@ -126,8 +148,10 @@ def test_a_model_that_does_not_go_on_alike_runs_whole(how, alike, monkeypatch, c
     assert "every sequence runs whole" in caplog.text
 
 
-def test_an_edit_is_the_same(alike, monkeypatch):
-    config = PKEConfig(num_steps=4, batch_size=2, locality_batch_size=3, detectors=False)
+@pytest.mark.parametrize("detectors", [False, True])
+def test_an_edit_is_the_same(detectors, alike, monkeypatch):
+    config = PKEConfig(num_steps=4, batch_size=2, locality_batch_size=3, detectors=detectors)
+    monkeypatch.setattr("pke_fast.detectors.LEAST", 1)
     spots = {1: torch.arange(3), 2: torch.arange(4)}
 
     def edited():
@@ -137,7 +161,10 @@ def test_an_edit_is_the_same(alike, monkeypatch):
         )
         return outcome, torch.cat([(part.new - part.old).flatten() for part in outcome.layers])
 
+    used = []
+    monkeypatch.setattr("pke_fast.editing.beginning_of", lambda *given: used.append(beginning_of(*given)) or used[-1])
     ours, change = edited()
+    assert [tape.prefix is not None for tape in used] == [True]
     monkeypatch.setattr("pke_fast.editing.beginning_of", lambda *_: None)
     whole, truth = edited()
     assert len(ours.steps) == len(whole.steps) == 4

@@ -120,9 +120,12 @@ def test_what_all_begin_with_counts_once_in_an_edit(family):
     if family in OWN_CACHE:
         assert begun == whole
         return
-    micro_batches = 1
-    assert begun.cache == whole.cache // 2 + micro_batches * LONG // 2 * 32 * 4
-    assert begun.editing_flops == whole.editing_flops / 2
+    assert begun.cache == whole.cache // 2 + LONG // 2 * 32 * 4
+    layers, steps = LAYERS - 1, CONFIG.num_steps
+    again = (
+        2 * twin.layer_weights / 4 * steps * 2 * (LONG // 2) * (3 * layers - begun.editing_kept)
+    )  # two micro-batches
+    assert begun.editing_flops == whole.editing_flops / 2 + again
     assert (begun.scoring, begun.scoring_flops) == (whole.scoring, whole.scoring_flops)
     low = CONFIG.replace(window=(0, LAYERS))  # with no layers below, nothing is taken off
     assert Planner(twin, low, replace(load_of(), begun=8)).plan(None) == Planner(twin, low, load_of()).plan(None)

@@ -35,16 +35,17 @@ def sequential(lab: Lab, config: PKEConfig) -> None:
     sets = lab.sets.shortened() | {FIRST: [request.prompt for request in shares[0]]}
     inputs = [lab.edited_on, config.as_dict(), [[r.prompt for r in share] for share in shares], sets, TEXT_TOKENS]
 
-    done: list[Patch] = []
-    lab.cells.cell(f"{NAME}, 0", inputs, lambda: _state(lab, config, sets))
+    names = [f"{NAME}, {number}" for number in range(len(shares) + 1)]
     locality: list[Pair] = []
-    if lab.cells.wanted(NAME):
+    if any(lab.cells.wanted(name) and not lab.cells.path(name, inputs).exists() for name in names):
         # The pairs of the unedited model hold in every edit: what an edit spoils must not become what is held.
         with lab.bench(config, long=False) as bench:
             locality = [Pair(p.prompt, p.answer) for p in prepare(bench, lab.sets.requests, None).locality]
+    done: list[Patch] = []
+    lab.cells.cell(names[0], inputs, lambda: _state(lab, config, sets))
     try:
-        for number, share in enumerate(shares, 1):
-            name, file = f"{NAME}, {number}", lab.cells.path(f"{NAME}, {number}", inputs, ".safetensors")
+        for name, share in zip(names[1:], shares, strict=True):
+            file = lab.cells.path(name, inputs, ".safetensors")
 
             def make(share: list[EditRequest] = share, file: Path = file) -> Value:
                 patch, more = edited(lab, share, config.replace(seed=config.seed + len(done)), locality)
