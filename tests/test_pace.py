@@ -50,9 +50,9 @@ def patched(monkeypatch, memory, place):
         for module in (scoring, editing):
             own = module.record
 
-            def record(structure, batch, *where, own=own):
+            def record(structure, batch, *where, own=own, **more):
                 memory.takes(batch, place)
-                return own(structure, batch, *where)
+                return own(structure, batch, *where, **more)
 
             monkeypatch.setattr(module, "record", record)
         return
