@@ -21,7 +21,8 @@ class Pace:
     """What a plan allows; the one thing about a running job that changes: out of memory halves the micro-batch.
 
     Attributes:
-        tokens: most tokens in a micro-batch, padding counted; one request alone may exceed it.
+        tokens: most tokens in a micro-batch, padding counted but not what its rows go on from; one request alone may
+            exceed it.
         scoring_kept, editing_kept: how many of the uppermost layers keep their graph (`Tape.there_and_back`) while
             scores are made, and in an edit step; None for all.
         notes: what happened on the way, in words.
