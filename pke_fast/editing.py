@@ -380,10 +380,11 @@ def edit_columns(
         with stage("Running the layers below, once", len(requests) + len(locality)) as advance:
             every = [*requests, *locality]
             beginning = beginning_of(structure, every, min(c.layer for c in columns), pad_id)
-            begun = 0 if beginning is None else len(shared(every))
+            common = len(shared(every))
+            begun = 0 if beginning is None else common
             detectors = None
             if locality and kept is None:
-                detectors = Detectors(structure, columns, config, ranks, len(shared(every)) - begun)
+                detectors = Detectors(structure, columns, config, ranks, common - begun)
             trainer = Trainer(
                 structure,
                 columns,

@@ -98,7 +98,7 @@ class PromptEncoder:
 
     def around(self) -> tuple[int, int]:
         """How many tokens every prompt begins and ends with: a template's, and those of the fixed prompts."""
-        one, other = (self.prompt_ids(text) for text in ("Hello", "Why"))
+        one, other = (self._tokenize(self.text(prompt)) for prompt in ("Hello", "Why"))  # whether or not they fit
         return len(common((one, other), least=1)), len(common((one[::-1], other[::-1]), least=1))
 
     def fits(self, prompt: str) -> bool:

@@ -58,7 +58,7 @@ class Prefix:
     def _kept(self) -> dict[int, Pair]:
         if hasattr(self.cache, "layers"):
             pairs = [(layer.keys, layer.values) for layer in self.cache.layers]
-        else:  # transformers 4.46 to 4.53
+        else:  # older versions of transformers
             pairs = list(zip(self.cache.key_cache, self.cache.value_cache, strict=True))
         return {layer: pair for layer, pair in enumerate(pairs) if isinstance(pair[0], Tensor)}
 

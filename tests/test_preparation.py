@@ -210,6 +210,8 @@ def test_what_a_template_writes_is_not_held(quick):
     assert begun > 8
     assert ended > 4
     assert own == [set(range(begun, len(i) - ended)) for i in ids]
+    short = PromptEncoder(tiny_tokenizer(), CONFIG.replace(max_length=3))
+    assert short.around() == PromptEncoder(tiny_tokenizer(), CONFIG).around()  # however little fits
 
 
 def test_every_pair_has_two_sides_and_no_prompt_is_on_both():
