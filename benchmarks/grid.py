@@ -34,7 +34,8 @@ SUITES = ("micro-batch", "tokens", "requests", "size", "step", "whole")
 SAME = 1024  # tokens in flight where all have the same micro-batch
 LENGTH = 512  # tokens of a sequence at most, where sequences are drawn
 WORK = 4096  # tokens on which a micro-batch is chosen
-MICRO_BATCHES = (512, 1024, 2048, 4096)
+MICRO_BATCHES = (128, 512, 1024, 2048, 4096)
+STEP_MICRO_BATCHES = (128, 2048)
 TOKENS = tuple(2**i for i in range(7, 16))
 REQUESTS = tuple(2**i for i in range(10))
 TARGET, MOST_KL, MOST_STEPS = 0.1, 0.5, 60
@@ -104,7 +105,7 @@ def trace_cases(
     for x, micro_batches, subject in xs:
         taking_part = {}
         for provider, tokens in micro_batches.items():
-            in_flight = min(tokens, max(subject["length"], 64) * subject["requests"])
+            in_flight = min(tokens, in_all(subject))
             before = over.get(provider)
             if before and before[1] * in_flight / before[0] > grid.limit:
                 grid.out(f"{suite}, {mode}, {x_name} {x}, {provider}: left out, it would exceed the memory limit")
@@ -115,11 +116,17 @@ def trace_cases(
             over[provider] = (in_flight, grid_peak(grid, at))
         if all(grid.figures.has(**grid.key(suite, p, mode, "seconds", x_name, x)) for p in taking_part):
             continue
-        found = grid.fresh("trace_seconds", tight=False, micro_batches=taking_part, rounds=grid.rounds, **subject)
+        rounds = grid.rounds if in_all(subject) <= WORK else 1  # what takes minutes varies less
+        found = grid.fresh("trace_seconds", tight=False, micro_batches=taking_part, rounds=rounds, **subject)
         for provider, (median, low, high) in found["times"].items():
             speed = tuple(found["tokens"] / seconds for seconds in (median, high, low))
             at = grid.key(suite, provider, mode, "seconds", x_name, x)
             grid.add(at, {"seconds": (median, low, high), "tokens_per_second": speed})
+
+
+def in_all(subject: dict[str, int]) -> int:
+    """Tokens of a case, about: the shipped prompts, which have no length of their own here, have some 64."""
+    return max(subject["length"], 64) * subject["requests"]
 
 
 def grid_peak(grid: Grid, at: dict[str, Any]) -> int:
@@ -134,7 +141,7 @@ def drawn(tokens: int) -> dict[str, int]:
 
 
 def micro_batch(grid: Grid) -> None:
-    work = min(WORK, 2 * MICRO_BATCHES[0]) if grid.smallest else WORK
+    work = min(WORK, 8 * MICRO_BATCHES[0]) if grid.smallest else WORK
     sizes = grid.sizes(MICRO_BATCHES)
     trace_cases(
         grid, "micro-batch", f"{work} tokens", "micro_batch_tokens",
@@ -187,15 +194,21 @@ def size(grid: Grid) -> None:
 def step(grid: Grid) -> None:
     windows = dict(list(WINDOWS.items())[-1:]) if grid.smallest else WINDOWS
     for window, share in windows.items():
-        where = {"requests": 16, "locality": 16, "share": share, "k": K if not grid.smallest else 20}
-        done = {p: grid.key("step", p, window, "seconds", "layers_from", share) for p in STEPPERS}
-        if not all(grid.figures.has(**at) for at in done.values()):
-            times = grid.fresh("step_seconds", tight=False, rounds=grid.rounds, micro_batch=2 * SAME, **where)
-            for provider, at in done.items():
-                grid.add(at, {"seconds": tuple(times[provider])})
-        for provider in STEPPERS:
-            at = grid.key("step", provider, window, "peak_bytes", "layers_from", share)
-            grid.add_peak(at, "step_peak", micro_batch=2 * SAME, **where)
+        for tokens in grid.sizes(STEP_MICRO_BATCHES):
+            step_cases(grid, f"{window}, {tokens:,} tokens at once", share, tokens)
+
+
+def step_cases(grid: Grid, mode: str, share: float, micro_batch: int) -> None:
+    """An edit step by each, with hot spots from a share of the depth on."""
+    k = K if not grid.smallest else 20
+    where = {"requests": 16, "locality": 16, "share": share, "k": k, "micro_batch": micro_batch}
+    done = {p: grid.key("step", p, mode, "seconds", "layers_from", share) for p in STEPPERS}
+    if not all(grid.figures.has(**at) for at in done.values()):
+        times = grid.fresh("step_seconds", tight=False, rounds=grid.rounds, **where)
+        for provider, at in done.items():
+            grid.add(at, {"seconds": tuple(times[provider])})
+    for provider in STEPPERS:
+        grid.add_peak(grid.key("step", provider, mode, "peak_bytes", "layers_from", share), "step_peak", **where)
 
 
 def whole(grid: Grid) -> None:
