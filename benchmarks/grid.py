@@ -34,7 +34,7 @@ SUITES = ("micro-batch", "tokens", "requests", "size", "step", "whole")
 SAME = 1024  # tokens in flight where all have the same micro-batch
 LENGTH = 512  # tokens of a sequence at most, where sequences are drawn
 WORK = 4096  # tokens on which a micro-batch is chosen
-MICRO_BATCHES = (128, 512, 1024, 2048, 4096)
+MICRO_BATCHES = (512, 1024, 2048, 4096)
 STEP_MICRO_BATCHES = (128, 2048)
 TOKENS = tuple(2**i for i in range(7, 16))
 REQUESTS = tuple(2**i for i in range(10))
@@ -141,7 +141,7 @@ def drawn(tokens: int) -> dict[str, int]:
 
 
 def micro_batch(grid: Grid) -> None:
-    work = min(WORK, 8 * MICRO_BATCHES[0]) if grid.smallest else WORK
+    work = min(WORK, 2 * MICRO_BATCHES[0]) if grid.smallest else WORK
     sizes = grid.sizes(MICRO_BATCHES)
     trace_cases(
         grid, "micro-batch", f"{work} tokens", "micro_batch_tokens",
