@@ -20,7 +20,9 @@ CASES = {
     "as it comes": [],
     "1,024 tokens at once": ["--set", "micro_batch_tokens=1024"],
     "a tight budget": ["--memory-budget", "1250MiB"],
+    "256 requests and pairs": ["--set", "num_steps=2"],
 }
+FEW, MANY = 32, 256  # requests, and pairs
 WITHIN = 0.15
 
 
@@ -31,15 +33,18 @@ def files(tmp_path_factory: Any) -> Path:
         {"prompt": r.prompt, "target_new": "I can't help with that.", "ground_truth": "Sure"} for r in shipped.harmful()
     ]
     pairs = [{"prompt": prompt, "answer": "Here is an answer to that:"} for prompt in shipped.benign()]
-    for name, rows in (("requests", asked[:32]), ("benign", pairs[:32])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, rows in (("requests", asked), ("benign", pairs)):
+        for count in (FEW, MANY):
+            (folder / f"{name}-{count}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
     return folder
 
 
 @pytest.mark.benchmark(group="a plan's memory and the job's")
 @pytest.mark.parametrize("case", CASES)
 def bench_plan_agrees_with_the_job(benchmark: Any, case: str, files: Path) -> None:
-    given = ["--requests", files / "requests.jsonl", "--locality", files / "benign.jsonl", "--out", files / "out"]
+    count = MANY if case.startswith(str(MANY)) else FEW
+    requests, benign = (files / f"{name}-{count}.jsonl" for name in ("requests", "benign"))
+    given = ["--requests", requests, "--locality", benign, "--out", files / "out"]
     command = [sys.executable, "-m", "pke_fast", "edit", "--model", "smollm2", "--force", "--json", *given]
     command += ["--set", "num_steps=3", *CASES[case]]
     ours = ("MALLOC_", "OMP_")  # the allocator as users have it: what it keeps of freed memory counts
@@ -52,7 +57,7 @@ def bench_plan_agrees_with_the_job(benchmark: Any, case: str, files: Path) -> No
 
     plan = benchmark.pedantic(run, rounds=1)
     sizes, measured = plan["bytes"], plan["measured"]
-    peak = sizes["process"] + sizes["weights"] + max(measured.values())
+    peak = measured["peak"]
     assert abs(peak / sizes["peak"] - 1) <= WITHIN
     assert plan["budget"] is None or peak <= plan["budget"]
     for name in ("locating", "editing"):

@@ -2,9 +2,8 @@
 
     sudo python benchmarks/larger_than_memory.py [--limit-mib 1200] [--layers 16] [--folder DIR]
 
-Makes a random Llama of 1.8 GiB in fp32 (16 layers, d = 1280, D = 5120) with the embedded model's tokenizer, runs
-Makes a random Llama of 1.8 GiB in fp32 (16 layers, d = 1280, D = 5120) with the embedded tokenizer, runs
-group and to drop caches.
+Makes a random Llama of 1.8 GiB in fp32 (16 layers, d = 1280, D = 5120) with the embedded model's tokenizer, edits it
+with a limit and without one, and compares times and patches. Root is needed to make the group and to drop caches.
 """
 
 from __future__ import annotations

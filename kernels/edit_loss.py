@@ -12,7 +12,9 @@ CHUNK_ELEMENTS = 1 << 22  # fp32 logits alive at once: 16 MiB, so [T, V] never e
 
 def logits_of(hidden: Tensor, head: Tensor, bias: Tensor | None, scale: float, soft_cap: float) -> Tensor:
     """Logits in fp32: soft_cap * tanh(scale * (hidden @ head^T + bias) / soft_cap); soft_cap 0 means none."""
-    logits = torch.nn.functional.linear(hidden, head, bias).float() * scale
+    logits = torch.nn.functional.linear(hidden, head, bias).float()
+    if scale != 1.0:
+        logits = logits * scale
     return torch.tanh(logits / soft_cap).mul_(soft_cap) if soft_cap else logits
 
 
@@ -44,23 +46,28 @@ def reference(
     rows = max(1, CHUNK_ELEMENTS // head.shape[0])
     for start in range(0, len(hidden), rows):
         part = slice(start, start + rows)
+        # in place wherever it can be: three times a chunk's logits are alive at most, and once more with a soft cap
+        log_base = None
+        if base_hidden is not None:
+            log_base = torch.log_softmax(logits_of(base_hidden[part], head, bias, scale, soft_cap), -1)
         logits = logits_of(hidden[part], head, bias, scale, soft_cap)
         log_p = torch.log_softmax(logits, -1)
-        d_logits = log_p.exp()
-        if targets is not None:
+        slope = scale * (1 - (logits / soft_cap).square_()) if soft_cap else scale
+        del logits
+        if log_base is None:
+            assert targets is not None
             picked = targets[part, None]
             losses[part] = -log_p.gather(1, picked)[:, 0]
+            d_logits = log_p.exp_()
             d_logits.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=torch.float32))
         else:
-            assert base_hidden is not None
-            log_base = torch.log_softmax(logits_of(base_hidden[part], head, bias, scale, soft_cap), -1)
             p_base = log_base.exp()
-            losses[part] = (p_base * (log_base - log_p)).sum(-1)
-            d_logits.sub_(p_base)
-        d_logits.mul_(weights[part, None] * scale)
-        if soft_cap:
-            d_logits.mul_(1 - (logits / soft_cap).square())
+            losses[part] = log_base.sub_(log_p).mul_(p_base).sum(-1)
+            d_logits = log_p.exp_().sub_(p_base)
+            del log_base, p_base
+        d_logits.mul_(weights[part, None]).mul_(slope)
         grad[part] = d_logits.to(head.dtype) @ head
+        del log_p, d_logits
     return losses, grad
 
 

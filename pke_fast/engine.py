@@ -19,11 +19,12 @@ from pke_fast.editing import Outcome
 from pke_fast.evaluation import Evaluation, evaluate_model
 from pke_fast.files import atomic_folder
 from pke_fast.foretelling import foretell
+from pke_fast.generation import TOKENS_AT_ONCE
 from pke_fast.hotspots import HotSpots
 from pke_fast.locating import Located, check_fits, locate_hot_spots
 from pke_fast.patch import Patch
 from pke_fast.plan import Load, Plan
-from pke_fast.planning import plan_loaded
+from pke_fast.planning import PLANNING, plan_loaded
 from pke_fast.preparation import Job, lengths, prepare
 from pke_fast.ranks import ALONE, Ranks
 from pke_fast.report import write_report
@@ -281,7 +282,7 @@ def _planned(
     edits: bool,
 ) -> tuple[Plan | None, Workbench]:
     """The plan of a job, and the bench at its pace and with its state."""
-    with bench.stages.stage("Planning"):
+    with bench.stages.stage(PLANNING):
         load = Load.of(*lengths(bench.encoder, bench.config, requests, locality))
         plan = plan_loaded(bench.structure, bench.config, load, budget, edits=edits, device=bench.device)
         job = {
@@ -299,7 +300,7 @@ def _planned(
         kept = bench.ranks.in_turn(lambda: Resume(resume, job, rank=bench.ranks.rank))
         pace = resumed_pace(plan.pace() if plan else bench.pace, kept.part("pace"))
     bench.place(plan, offload_folder)
-    return plan, bench.going(pace, kept)
+    return plan, bench.going(pace, kept, plan.at_once(TOKENS_AT_ONCE) if plan else TOKENS_AT_ONCE)
 
 
 def _digest(value: Any) -> str:

@@ -16,8 +16,7 @@ from pke_fast.errors import InputError
 from pke_fast.placement import input_device
 from pke_fast.prefix import Prefix, common
 
-# Tokens (prompt, answer and padding) in one batch of the default size: 1 GiB of keys and values on Llama-3-8B in bf16.
-TOKENS_AT_ONCE = 8192
+TOKENS_AT_ONCE = 8192  # 1 GiB of keys and values on Llama-3-8B in bf16
 ROWS_ON_CPU, ROWS_ON_GPU = 32, 64
 CHECK_EVERY = 4  # tokens between two looks at whether an answer may end
 MANY = 16  # prompts for which it pays to run what all begin with once
@@ -34,6 +33,7 @@ def generate(
     *,
     max_new_tokens: int = 48,
     batch_size: int | None = None,
+    tokens_at_once: int = TOKENS_AT_ONCE,
     advance: Callable[[int], None] | None = None,
     known: Mapping[int, str] | None = None,
     finished: Callable[[dict[int, str], int], None] | None = None,
@@ -46,8 +46,9 @@ def generate(
     doesn't depend on the other prompts, up to rounding. The model's mode and settings are as before afterwards.
 
     Args:
-        batch_size: prompts at a time; None: as many as fit a fixed number of tokens, 32 at most on a CPU, 64 on a GPU.
-            A batch that doesn't fit the GPU's memory is halved.
+        batch_size: prompts at a time; None: as many as `tokens_at_once` allows, 32 at most on a CPU, 64 on a GPU. A
+            batch that doesn't fit the GPU's memory is halved.
+        tokens_at_once: most tokens (prompt, answer and padding) in a batch; one prompt alone may exceed it.
         advance: called with the number of prompts that a finished batch answered, and at once with that of `known`.
         known: answers by the prompt's index that needn't be made again. The batches are those without them, so a run
             that goes on where it was gives the same answers as one that never stopped.
@@ -67,7 +68,7 @@ def generate(
     if batch_size is None:
         rows = ROWS_ON_CPU if input_device(model).type == "cpu" else ROWS_ON_GPU
         longest = max((len(ids) + room for ids, room in zip(encoded, rooms, strict=True)), default=1)
-        batch_size = max(1, min(rows, TOKENS_AT_ONCE // longest))
+        batch_size = max(1, min(rows, tokens_at_once // longest))
     ends = end_token_ids(model, tokenizer)
     pad = pad_token_id(tokenizer, model)
     answers = dict(known or {})

@@ -18,6 +18,7 @@ class Load:
         requests, locality: how many sequences of each are scored and edited.
         tokens: of all of them together.
         answer: most supervised tokens of a sequence: its answer's, and those held in its prompt.
+        held: supervised tokens of all locality sequences.
         request_widths, locality_widths: which lengths there are, ascending.
         begun: tokens that all begin with, which an edit runs once.
     """
@@ -29,6 +30,7 @@ class Load:
     request_widths: tuple[int, ...]
     locality_widths: tuple[int, ...] = ()
     begun: int = 0
+    held: int = 0
 
     @classmethod
     def of(cls, requests: Sequence[Encoded], locality: Sequence[Encoded]) -> Load:
@@ -41,6 +43,7 @@ class Load:
             tuple(sorted({len(sequence.ids) for sequence in requests})),
             tuple(sorted({len(sequence.ids) for sequence in locality})),
             len(shared(every)),
+            sum(len(sequence.supervised) for sequence in locality),
         )
 
     def after(self, begun: int) -> Load:
@@ -92,7 +95,8 @@ class Plan:
         on_disk: weights besides, which stay in their file and are read whenever they are used.
         scores: the score maps while they are made.
         scoring: what a micro-batch takes while scores are made.
-        cache: what enters the lowest edited layer, for every sequence.
+        cache: what the steps need of every sequence: its tape, up to the lowest edited layer; of locality pairs, the
+            unedited model's last states too.
         columns: the hot spots: old values, masters, gradient, two moments.
         step: what an edit step takes besides.
         scoring_flops, editing_flops: floating-point operations of the layers in all.
@@ -102,6 +106,7 @@ class Plan:
         staging: room for the layers that are there just then.
         brought: bytes that are copied to the device in all.
         detectors: on a CPU, what the edit's closed-form beginning keeps and takes (`detectors`).
+        answering: of a token in flight, while the model answers prompts; 0 where nobody knows.
     """
 
     budget: int | None
@@ -125,6 +130,7 @@ class Plan:
     staging: int = 0
     brought: int = 0
     detectors: int = 0
+    answering: int = 0
 
     @property
     def locating(self) -> int:
@@ -149,6 +155,10 @@ class Plan:
     def room(self) -> int:
         """What the budget leaves over the weights; 0 where there is none."""
         return 0 if self.budget is None else self.budget - self.fixed
+
+    def at_once(self, most: int) -> int:
+        """Of so many tokens, how many may be in flight while the model answers prompts."""
+        return min(most, self.room // self.answering) if self.budget and self.answering else most
 
     def pace(self) -> Pace:
         return Pace(self.tokens, self.scoring_kept, self.editing_kept)

@@ -21,6 +21,7 @@ from pke_fast.encoding import Encoded
 from pke_fast.errors import InputError
 from pke_fast.pace import LEAST_TOKENS, Pace
 from pke_fast.plan import ALL_THERE, Load, Plan, Residence
+from pke_fast.prefix import Prefix
 from pke_fast.rehearsal import Twin
 from pke_fast.scoring import score_batch
 from pke_fast.staging import staging_bytes
@@ -35,8 +36,10 @@ PREFERRED = {"cpu": 512, "cuda": 4096}
 _IDLE = {"cpu": 24, "cuda": 300}
 # Tokens that go up through a layer while its weights come: cards have 6,000 to 12,000 flops a byte of PCIe.
 _BRINGING = {"cpu": 24, "cuda": 8000}
-# What an allocator holds for what is in use: glibc keeps freed blocks between others, 0.2 to 0.4 of it (measured.md).
-_HELD = {"cpu": 1.4, "cuda": 1.0}
+# What an allocator holds for what is in use: glibc keeps freed blocks between others, some 0.5 of it (measured.md).
+_HELD = {"cpu": 1.5, "cuda": 1.0}
+_LATER = 40 * 2**20  # what Python and its libraries grow by in a job: modules that it imports, buffers of threads
+_ANSWER = 32  # tokens of a short prompt and its answer
 FP32 = 4
 
 
@@ -68,7 +71,7 @@ class Planner:
     ) -> None:
         self._twin, self._load, self._edits = twin, load, edits
         self._config = config.replace(lr=config.lr or 1e-3)  # the default asks the weights, which aren't there
-        self._process, self._mapped, self._on_disk = process, mapped, 0
+        self._process, self._mapped, self._on_disk = process + _LATER * bool(process), mapped, 0
         self._residence, self._offloaded = residence, 0  # how many layers are offloaded in the plan that is looked at
         self._neurons = twin.structure.neurons
         depth = len(twin.structure.layers)
@@ -103,7 +106,8 @@ class Planner:
                 "the memory budget is too small",
                 expected=f"at least {_size(least.peak)} for this model and job (weights {_size(least.weights)})",
                 got=_size(budget or 0),
-                do="raise it, lower k, edit upper layers alone (--set window=[0.8,1.0]), or load the model in bf16",
+                do="raise it, lower k, give fewer requests, edit upper layers alone (--set window=[0.8,1.0]),"
+                " or load the model in bf16",
             )
         return best
 
@@ -238,7 +242,7 @@ class Planner:
             self._on_disk,
             2 * 3 * len(structure.layers) * self._neurons * FP32 if pke else 0,
             self._peak("scoring", tokens, scoring_kept) if pke else 0,
-            (self._rest.tokens + self._begun) * structure.hidden_size * item if edits else 0,
+            self._cache() if edits else 0,
             columns,
             max(0, self._peak("editing", tokens, editing_kept) - columns) if edits else 0,  # they are rehearsed with it
             forward * scored * there if pke else 0.0,
@@ -249,7 +253,42 @@ class Planner:
             staging,
             self._brought(tokens, scored, stepped),
             self._watched(),
+            self._answering(),
         )
+
+    def _cache(self) -> int:
+        """What is kept of all sequences, by what a micro-batch of their mean length keeps."""
+        load, structure = self._rest, self._twin.structure
+        tokens = min(self._most, load.tokens)
+        width = math.ceil(load.tokens / (load.requests + load.locality))
+        rows = [Encoded((0,) * width, max(1, width - load.answer))] * max(1, tokens // width)
+        key = "tape", width, len(rows), self._window[0], self._begun
+        if key not in self._twin.peaks:
+            kept: list[int] = []
+
+            def tapes(structure: Structure) -> None:
+                beginning = self._after(structure, self._begun)
+                kept.extend(tape.nbytes for tape in (beginning,) if tape)
+                batch = make_batch(rows, range(len(rows)), 0)
+                kept.append(record(structure, batch, self._window[0], after=beginning).nbytes)
+
+            self._twin.rehearse(tapes, self._window[0])
+            self._twin.peaks[key] = sum(kept[:-1]) + kept[-1] * load.tokens // (width * len(rows))
+        return self._twin.peaks[key] + load.held * structure.hidden_size * structure.dtype.itemsize
+
+    def _answering(self) -> int:
+        """What a token takes while the model answers: keys and values in all layers, and its share of a pass."""
+        vocabulary = len(self._twin.structure.head.weight)
+        if "answering" not in self._twin.peaks:
+            ids, device = range(_ANSWER), torch.device("cpu")
+            try:
+                taken = self._twin.rehearse(lambda structure: Prefix.of(structure.base, ids, device))
+            except Exception as error:  # noqa: BLE001  as in `beginning_of`
+                LOG.info("what answers take isn't known: %s", error)
+                taken = 0
+            logits = 2 * FP32 * vocabulary * bool(taken)  # of a row's last token, and once more to choose from
+            self._twin.peaks["answering"] = (taken + logits) // _ANSWER
+        return int(_HELD[self._kind] * self._twin.peaks["answering"])
 
     def _pinned(self) -> int:
         """How many offloaded layers, from the uppermost on, the host can pin."""

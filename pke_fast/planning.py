@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -20,7 +22,9 @@ from pke_fast.stages import PeakMemory
 from pke_fast.structure import Structure
 
 LOG = logging.getLogger(__name__)
+PLANNING = "Planning"  # the stage after which a job keeps its plan
 RESIDENT = 0.7  # of what is free: a model that takes no more is loaded on the device, with room for the work beside it
+COPIED = 2**26  # bytes by which a copy's rate is measured
 PINNED = 0.5  # of what the host has free: pinned memory can't be swapped out, and torch takes powers of two of it
 
 
@@ -137,15 +141,26 @@ def _tightest(structure: Structure, budget: int | None) -> tuple[str, int]:
     return tightest, there[tightest]
 
 
-def matmul_rate(device: str, dtype: torch.dtype, hidden: int, neurons: int, seconds: float = 0.3) -> float:
-    """Flops a second of products [512, hidden] x [hidden, neurons], measured now: the least of the times counts."""
+def matmul_rate(device: str, dtype: torch.dtype, hidden: int, neurons: int) -> float:
+    """Flops a second of products [512, hidden] x [hidden, neurons], measured now."""
     left = torch.ones(PREFERRED["cpu"], hidden, dtype=dtype, device=device)
     right = torch.ones(hidden, neurons, dtype=dtype, device=device)
+    return 2 * left.numel() * neurons / _least_seconds(lambda: left @ right, device)
+
+
+def copy_rate(device: str) -> float:
+    """Bytes a second from the host's memory, pinned where the device is a GPU, to the device, measured now."""
+    here = torch.ones(COPIED, dtype=torch.uint8, pin_memory=device.startswith("cuda"))
+    there = torch.empty_like(here, device=device)
+    return COPIED / _least_seconds(lambda: there.copy_(here, non_blocking=True), device)
+
+
+def _least_seconds(work: Callable[[], Any], device: str, seconds: float = 0.3) -> float:
     best, end = float("inf"), time.perf_counter() + seconds
     while best == float("inf") or time.perf_counter() < end:
         start = time.perf_counter()
-        left @ right
+        work()
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
-    return 2 * left.numel() * neurons / best
+    return best

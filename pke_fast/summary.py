@@ -14,6 +14,7 @@ from pke_fast.editing import STEPS, Outcome
 from pke_fast.locating import SCORING, Located
 from pke_fast.patch import Patch
 from pke_fast.plan import Plan
+from pke_fast.planning import PLANNING
 from pke_fast.preparation import Job
 from pke_fast.structure import Structure
 from pke_fast.workbench import Workbench
@@ -145,17 +146,21 @@ def report_of(
 
 
 def plan_facts(plan: Plan | None, bench: Workbench) -> dict[str, Any]:
-    """The plan, and the memory that its stages took over what is in use all the time; else the pace alone."""
+    """The plan, the memory that two of its stages took over what is in use all the time, and the most that any took in
+    all; else the pace alone."""
     notes = {"notes": list(bench.pace.notes)}
     if plan is None:
         return {"micro_batch_tokens": bench.pace.tokens, **notes}
-    peaks = {stage.name: stage.peak_bytes for stage in bench.stages.done}
+    done = bench.stages.done
+    planned = max(number for number, stage in enumerate(done) if stage.name == PLANNING)
+    peaks = {stage.name: stage.peak_bytes for stage in done[planned + 1 :] if stage.peak_bytes is not None}
     if plan.on_disk:  # then what is in memory is the system's choice
         peaks = {}
-    taken = {
-        name: None if (peak := peaks.get(stage)) is None else max(0, peak - plan.fixed)
+    taken: dict[str, int | None] = {
+        name: max(0, peaks[stage] - plan.fixed) if stage in peaks else None
         for name, stage in (("locating", SCORING), ("editing", STEPS))
     }
+    taken["peak"] = max(peaks.values(), default=None)
     return {**plan.as_dict(), "measured": taken, **notes}
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from pke_fast.batches import Batch
 from pke_fast.placement import downwards
@@ -81,6 +82,13 @@ class Tape:
     def lead(self) -> int:
         """How many tokens its rows go on from."""
         return 0 if self.after is None else self.after.entered.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """What it keeps: what enters, its batch, and the arguments of the calls, such as positions and masks."""
+        calls = [(call.args, call.kwargs) for call in self.calls]
+        kept = [leaf for leaf in tree_leaves([self.entered, vars(self.batch), calls]) if isinstance(leaf, Tensor)]
+        return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept}.values())
 
     def _enters(self) -> Tensor:
         """The hidden state that enters layer `first`."""

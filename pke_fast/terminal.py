@@ -203,6 +203,8 @@ def plan(console: Console, found: Mapping[str, Any]) -> None:
     if "seconds" in found:
         seconds = found["seconds"]
         text = f"about {seconds['locating']:,.0f} s to locate and {seconds['editing']:,.0f} s to edit"
+        if "bringing" in seconds:
+            text += f", or {seconds['bringing']:,.0f} s in all if bringing the offloaded layers takes longer"
         _print(console, f"{text}, beside the answers that the model is asked for first", indent=1)
     warnings(console, found.get("notes") or [])
 

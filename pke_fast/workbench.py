@@ -15,7 +15,7 @@ from pke_fast.choice import using
 from pke_fast.config import PKEConfig
 from pke_fast.encoding import PromptEncoder
 from pke_fast.fingerprint import fingerprint
-from pke_fast.generation import generate
+from pke_fast.generation import TOKENS_AT_ONCE, generate
 from pke_fast.loading import check_finite, context_length, pad_token_id, resolve_device
 from pke_fast.offloading import brought_to
 from pke_fast.pace import Pace
@@ -39,6 +39,7 @@ class Workbench:
         resume: where its state is kept.
         device: where the work is done; where tokens go, of a model that is spread.
         placing: what ends with the bench: a model that was brought to the device is put back.
+        answering: most tokens in flight while the model answers prompts.
     """
 
     model: Any
@@ -53,6 +54,7 @@ class Workbench:
     resume: Resume = field(default_factory=Resume)
     device: str = "cpu"
     placing: ExitStack = field(default_factory=ExitStack)
+    answering: int = TOKENS_AT_ONCE
 
     @cached_property
     def structure(self) -> Structure:
@@ -64,9 +66,9 @@ class Workbench:
         """Of the weights as they are when it is first asked for."""
         return fingerprint(self.model)
 
-    def going(self, pace: Pace, resume: Resume) -> Workbench:
+    def going(self, pace: Pace, resume: Resume, answering: int = TOKENS_AT_ONCE) -> Workbench:
         """The same bench at a pace, with its state kept; what was found out on this one isn't sought again."""
-        bench = replace(self, pace=pace, resume=resume)
+        bench = replace(self, pace=pace, resume=resume, answering=answering)
         found = {name: value for name, value in vars(self).items() if name in ("structure", "fingerprint")}
         vars(bench).update(found)
         return bench
@@ -92,7 +94,15 @@ class Workbench:
             return self.resume.remembered(
                 doing,
                 lambda: self.ranks.gathered(
-                    generate(self.model, self.tokenizer, self.encoder, share, max_new_tokens=tokens, advance=advance)
+                    generate(
+                        self.model,
+                        self.tokenizer,
+                        self.encoder,
+                        share,
+                        max_new_tokens=tokens,
+                        tokens_at_once=self.answering,
+                        advance=advance,
+                    )
                     if share
                     else []
                 ),

@@ -257,3 +257,16 @@ def test_an_update_that_breaks_the_model_in_the_last_step_is_no_success(sequence
     with pytest.raises(EditError, match="the edited model's loss is nan"):
         edit_columns(find_structure(model), HOT_SPOTS, sequences(4), [], config, pad_id=PAD, stage=Stages().stage)
     assert unchanged(model, "fp16")
+
+
+def test_layers_below_the_lowest_hot_spot_run_once(sequences):
+    model = tiny_model("llama").requires_grad_(False)
+    structure = find_structure(model)
+    columns = columns_of(structure, HOT_SPOTS, PROJECTIONS)
+    trainer = Trainer(structure, columns, sequences(6), sequences(9, seed=1), CONFIG, PAD)
+    ran = []
+    for layer, module in enumerate(structure.layers):
+        module.register_forward_pre_hook(lambda *_, layer=layer: ran.append(layer))
+    trainer.step(0)
+    trainer.final_losses()
+    assert set(ran) == set(range(min(HOT_SPOTS), len(structure.layers)))

@@ -233,6 +233,11 @@ def test_which_models_wait_with_the_host(monkeypatch):
     assert planning.offloading() == Residence(offloads=True, pinnable=500)
 
 
+def test_rates_are_measured():
+    assert planning.copy_rate("cpu") > 1e6
+    assert planning.matmul_rate("cpu", torch.float32, 64, 64) > 1e6
+
+
 @pytest.fixture
 def pretended(tmp_path, monkeypatch):
     """A GPU, as far as planning and loading go, and a checkpoint with requests."""
@@ -243,6 +248,7 @@ def pretended(tmp_path, monkeypatch):
     monkeypatch.setattr("pke_fast.loading.resolve_device", lambda _name: "cuda:0")
     monkeypatch.setattr("pke_fast.cli.commands.resolve_device", lambda _name: "cuda:0")
     monkeypatch.setattr("pke_fast.cli.planning.matmul_rate", lambda *_: 1e12)
+    monkeypatch.setattr("pke_fast.cli.planning.copy_rate", lambda _device: 1000.0)
     files = {"--model": "model", "--requests": "requests.jsonl", "--locality": "benign.jsonl"}
     given = [value for option, name in files.items() for value in (option, tmp_path / name)]
     settings = [v for s in ("k=10", "num_steps=2", "window=[0,3]") for v in ("--set", s)]
@@ -258,8 +264,10 @@ def test_the_plan_for_a_gpu_tells_what_waits_with_the_host(pretended, capsys):
     assert sum(told["layers offloaded"].values()) == LAYERS
     assert told["bytes"]["staging"] > 0 < told["bytes"]["offloaded"] < told["bytes"]["brought"]
     assert told["bytes"]["peak"] <= told["budget"]
+    assert told["seconds"]["bringing"] == told["bytes"]["brought"] / 1000
     assert main(["plan", *pretended, "--memory-budget", least]) == 0
     printed = capsys.readouterr().out
+    assert "if bringing the offloaded layers takes longer" in " ".join(printed.split())
     assert f"{LAYERS}, {told['layers offloaded']['pinned']} of them pinned" in printed
     assert "room for offloaded layers in use" in printed
     assert main(["plan", *pretended, "--memory-budget", "1GiB"]) == 0

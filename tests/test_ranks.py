@@ -15,7 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pke_fast.columns import columns_of
+from pke_fast.config import PKEConfig
+from pke_fast.editing import Trainer
+from pke_fast.encoding import Encoded
+from pke_fast.pace import Pace
 from pke_fast.ranks import ALONE, Ranks
+from pke_fast.scoring import score
+from pke_fast.structure import find_structure
+from pke_fast.testing import LAYERS, tiny_model
 
 WORK = """
 import json, sys
@@ -77,6 +85,24 @@ def start(code, *arguments, rank=0, size=1, at=None):
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def test_what_ranks_send(monkeypatch):
+    """Score sums once for all micro-batches; in a step two losses and the gradients of the selected columns."""
+    sent = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: sent.append(tensor.numel()))
+    structure, ranks = find_structure(tiny_model("llama").requires_grad_(False)), Ranks(0, 2)
+    sequences = [Encoded(tuple(range(3, 15 + n)), 9) for n in range(8)]
+    score(structure, [[(sequence, 1.0)] for sequence in sequences], pad_id=0, pace=Pace(32), ranks=ranks)
+    assert sent == [3 * LAYERS * structure.neurons]
+    sent.clear()
+    config = PKEConfig(batch_size=8, locality_batch_size=8, lr=1e-3)
+    columns = columns_of(structure, {1: torch.arange(5), 2: torch.arange(2)}, config.edited)
+    trainer = Trainer(structure, columns, sequences, sequences, config, 0, pace=Pace(32), ranks=ranks)
+    for number in range(2):
+        trainer.step(number)
+        assert sum(sent) == 2 + 3 * 7 * structure.hidden_size
+        sent.clear()
 
 
 def test_two_ranks_do_what_one_does(tmp_path):

@@ -11,7 +11,7 @@ from pke_fast.encoding import PromptEncoder
 from pke_fast.loading import context_length, load_outline
 from pke_fast.plan import Load
 from pke_fast.planner import Planner
-from pke_fast.planning import matmul_rate, offloading, waits_on_host
+from pke_fast.planning import copy_rate, matmul_rate, offloading, waits_on_host
 from pke_fast.preparation import lengths
 from pke_fast.rehearsal import twin_of_config
 from pke_fast.requests import read_pairs, read_requests
@@ -43,6 +43,9 @@ def plan(options: Namespace) -> None:
         "editing": made.editing_flops / rate,
         "measured matmul rate, flop/s": rate,
     }
+    if made.brought:
+        copying = copy_rate(outline.device)
+        found["seconds"] |= {"bringing": made.brought / copying, "measured copy rate, bytes/s": copying}
     console = console_of(options)
     about = {
         "model": options.model,
