@@ -30,7 +30,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 NATIVE := $(wildcard csrc/*)
 
-.PHONY: help demo test check lint sanitize bench precision gpu offload wheels clean
+.PHONY: help demo test check lint sanitize bench precision gpu offload targets wheels clean
 .DEFAULT_GOAL := help
 
 help:
@@ -41,6 +41,7 @@ help:
 	@echo "make bench   benchmarks"
 	@echo "make precision DATA=folder [OUT=folder]  measure how precise edits are, on public files (docs/precision.md)"
 	@echo "make gpu     on a machine with a GPU: build with nvcc, run the GPU tests, then time every op"
+	@echo "make targets on a machine with a GPU: jobs on 8B models beside plain hooks and dense Adam, against targets"
 	@echo "make offload on a machine with a GPU: whole jobs on 8B models within 24, 12 and 8 GiB, offloaded"
 	@echo "make wheels  fill the folder $(WHEELS) with all that is installed, for a machine without a network"
 	@echo "make clean   remove what was built; .venv and downloads stay"
@@ -80,6 +81,9 @@ gpu: $(VENV)/.made
 
 offload: $(VENV)/.installed
 	$(BIN)/python benchmarks/offload.py $(BENCH_ARGS)
+
+targets: $(VENV)/.installed
+	$(BIN)/python benchmarks/targets.py $(BENCH_ARGS)
 
 # Cells that are in OUT already are not made again.
 precision: $(VENV)/.installed

@@ -29,7 +29,7 @@ from random_models import SIZES, random_model, random_sequences
 from results_csv import RESULTS, Figures, file_name
 
 from pke_fast.config import PKEConfig
-from pke_fast.editing import edit_columns
+from pke_fast.editing import Outcome, edit_columns
 from pke_fast.encoding import Encoded
 from pke_fast.errors import InputError
 from pke_fast.offloading import brought_to
@@ -135,12 +135,7 @@ def job(
                 examples = [[(sequence, 1.0)] for sequence in requests]
                 found = score(structure, examples, pad_id=0, pace=plan.pace(), first=first)
             chosen = found.weight_change * found.activation_path
-            ids = torch.topk(chosen[first:end].flatten(), config.k).indices
-            by_layer = {
-                first + layer: (ids[ids // structure.neurons == layer] % structure.neurons).sort().values
-                for layer in range(end - first)
-            }
-            hot_spots = {layer: neurons for layer, neurons in by_layer.items() if len(neurons)}
+            hot_spots = strongest(chosen, first, end, config.k)
             with clock.stage("editing"):
                 outcome = edit_columns(
                     structure, hot_spots, requests, [], config, pad_id=0, stage=clock.stage, pace=plan.pace()
@@ -148,11 +143,24 @@ def job(
             at_work = time.perf_counter() - start
         clock.seconds["bringing and putting back"] -= at_work
     peak = memory.peak() or 0
+    put_back(structure, outcome)
+    names = ("in all", "locating", "editing", "bringing and putting back")
+    return chosen, {name: clock.seconds[name] for name in names}, peak
+
+
+def strongest(scores: Tensor, first: int, end: int, k: int) -> dict[int, Tensor]:
+    """The k neurons with the highest scores [L, D] in the layers from `first` to before `end`, by layer."""
+    neurons = scores.shape[1]
+    ids = torch.topk(scores[first:end].flatten(), k).indices
+    by_layer = {first + layer: (ids[ids // neurons == layer] % neurons).sort().values for layer in range(end - first)}
+    return {layer: chosen for layer, chosen in by_layer.items() if len(chosen)}
+
+
+def put_back(structure: Structure, outcome: Outcome) -> None:
+    """The weights as they were before the edit."""
     for part in outcome.layers:
         weight = structure.model.get_parameter(part.weight)
         torch.ops.pke_fast.write_columns(weight, part.axis, part.index, part.old)
-    names = ("in all", "locating", "editing", "bringing and putting back")
-    return chosen, {name: clock.seconds[name] for name in names}, peak
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from pke_fast.kernels.checks import FLOATS, require, same_device
 
-CHUNK_ELEMENTS = 1 << 22  # fp32 logits alive at once: 16 MiB, so [T, V] never exists
+CHUNK_ELEMENTS = 1 << 21  # of a chunk's logits in fp32: 8 MiB, so [N, V] never exists
+LEAST_ROWS = 32  # positions at a time, however large the vocabulary: the head is read for each chunk
 
 
 def logits_of(hidden: Tensor, head: Tensor, bias: Tensor | None, scale: float, soft_cap: float) -> Tensor:
@@ -43,7 +44,7 @@ def reference(
     """
     losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     grad = torch.empty_like(hidden)
-    rows = max(1, CHUNK_ELEMENTS // head.shape[0])
+    rows = max(LEAST_ROWS, CHUNK_ELEMENTS // head.shape[0])
     for start in range(0, len(hidden), rows):
         part = slice(start, start + rows)
         # in place wherever it can be: three times a chunk's logits are alive at most, and once more with a soft cap
