@@ -35,7 +35,7 @@ SAME = 1024  # tokens in flight where all have the same micro-batch
 LENGTH = 512  # tokens of a sequence at most, where sequences are drawn
 WORK = 4096  # tokens on which a micro-batch is chosen
 MICRO_BATCHES = (512, 1024, 2048, 4096)
-STEP_MICRO_BATCHES = (128, 2048)
+STEP_PACES = ((128, 1.0, ""), (2048, 1.0, ""), (2048, 1 / 3, ", a third of the graph kept"))
 TOKENS = tuple(2**i for i in range(7, 16))
 REQUESTS = tuple(2**i for i in range(10))
 TARGET, MOST_KL, MOST_STEPS = 0.1, 0.5, 60
@@ -194,14 +194,14 @@ def size(grid: Grid) -> None:
 def step(grid: Grid) -> None:
     windows = dict(list(WINDOWS.items())[-1:]) if grid.smallest else WINDOWS
     for window, share in windows.items():
-        for tokens in grid.sizes(STEP_MICRO_BATCHES):
-            step_cases(grid, f"{window}, {tokens:,} tokens at once", share, tokens)
+        for tokens, kept, words in STEP_PACES[: 1 if grid.smallest else None]:
+            step_cases(grid, f"{window}, {tokens:,} tokens at once{words}", share, tokens, kept)
 
 
-def step_cases(grid: Grid, mode: str, share: float, micro_batch: int) -> None:
-    """An edit step by each, with hot spots from a share of the depth on."""
+def step_cases(grid: Grid, mode: str, share: float, micro_batch: int, kept: float) -> None:
+    """An edit step by each; hot spots from a share of the depth on, of which layers ours keeps the graph of a share."""
     k = K if not grid.smallest else 20
-    where = {"requests": 16, "locality": 16, "share": share, "k": k, "micro_batch": micro_batch}
+    where = {"requests": 16, "locality": 16, "share": share, "k": k, "micro_batch": micro_batch, "kept": kept}
     done = {p: grid.key("step", p, mode, "seconds", "layers_from", share) for p in STEPPERS}
     if not all(grid.figures.has(**at) for at in done.values()):
         times = grid.fresh("step_seconds", tight=False, rounds=grid.rounds, **where)

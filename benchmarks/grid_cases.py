@@ -46,27 +46,37 @@ def trace_peak(provider: str, micro_batch: int, device: str = "cpu", **subject: 
         return peak_over_now(lambda: trace(on, micro_batch), device)[1]
 
 
-def step_seconds(share: float, k: int, rounds: int, micro_batch: int, **subject: Any) -> Times:
-    """Times of an edit step with hot spots from `share` of the depth on, after both were found to do the same."""
+def step_seconds(share: float, k: int, rounds: int, micro_batch: int, kept: float, **subject: Any) -> Times:
+    """Times of an edit step with hot spots from `share` of the depth on, after both were found to do the same.
+
+    Args:
+        kept: the share of those layers that keep their graph.
+    """
     config = EDIT.replace(micro_batch_tokens=micro_batch)
     with opened(**subject) as on:
         neurons = spread_neurons(on.structure, first_layer(len(on.structure.layers), share), k)
         check_equal_steps(on, neurons, config)
-        with stepper(STEPPERS[0], on, neurons, config) as ours, stepper(STEPPERS[1], on, neurons, config) as theirs:
+        few = round(kept * len(neurons))
+        with (
+            stepper(STEPPERS[0], on, neurons, config, few) as ours,
+            stepper(STEPPERS[1], on, neurons, config) as theirs,
+        ):
             numbers = iter(range(10**6))
             runs = {STEPPERS[0]: lambda: ours(next(numbers)), STEPPERS[1]: lambda: theirs(next(numbers))}
             times = in_turns(runs, rounds, on.structure.device)
         return {name: [s.median, s.low, s.high] for name, s in times.items()}
 
 
-def step_peak(provider: str, share: float, k: int, micro_batch: int, device: str = "cpu", **subject: Any) -> int | None:
+def step_peak(
+    provider: str, share: float, k: int, micro_batch: int, kept: float, device: str = "cpu", **subject: Any
+) -> int | None:
     """Bytes over the loaded model while edit steps are made, what they keep included."""
     config = EDIT.replace(micro_batch_tokens=micro_batch)
     with opened(device=device, **subject) as on:
         neurons = spread_neurons(on.structure, first_layer(len(on.structure.layers), share), k)
 
         def steps() -> None:
-            with stepper(provider, on, neurons, config) as step:
+            with stepper(provider, on, neurons, config, round(kept * len(neurons))) as step:
                 step(0)
                 step(1)
 

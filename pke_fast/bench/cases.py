@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -62,13 +63,21 @@ def check_equal(found: ScoreMaps, wanted: ScoreMaps, dtype: torch.dtype, provide
 
 
 @contextmanager
-def stepper(provider: str, subject: Subject, neurons: dict[int, Tensor], config: PKEConfig) -> Iterator[Stepper]:
-    """Steps of an edit by one of STEPPERS; the weights are put back in the end."""
+def stepper(
+    provider: str, subject: Subject, neurons: dict[int, Tensor], config: PKEConfig, kept: int | None = None
+) -> Iterator[Stepper]:
+    """Steps of an edit by one of STEPPERS; the weights are put back in the end.
+
+    Args:
+        kept: how many layers keep their graph, of pke_fast's; None: all.
+    """
     structure = subject.structure
     if provider == "pke_fast":
         columns = [Columns(structure, layer, chosen) for layer, chosen in neurons.items()]
         with put_back_on_failure(columns):
-            trainer = Trainer(structure, columns, subject.requests, subject.locality, config, subject.pad_id)
+            pace = replace(Pace.unplanned(config), editing_kept=kept)
+            sides = subject.requests, subject.locality
+            trainer = Trainer(structure, columns, *sides, config, subject.pad_id, pace=pace)
 
             def sparse(number: int) -> tuple[float, float]:
                 step = trainer.step(number)
