@@ -11,6 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import pke_fast
+import pke_fast.cli.commands  # here, so that what `pretended` replaces is there to be put back
+import pke_fast.cli.planning
 from pke_fast import engine, planning
 from pke_fast import workbench as workbenches
 from pke_fast.budget import parse_bytes
