@@ -36,6 +36,7 @@ from pke_fast.pace import LEAST_TOKENS, Pace
 from pke_fast.plan import Load, Residence
 from pke_fast.planner import Planner
 from pke_fast.planning import plan_loaded
+from pke_fast.prefix import Prefix
 from pke_fast.rehearsal import twin_of, twin_of_config
 from pke_fast.requests import EditRequest, Pair
 from pke_fast.scoring import score_batch
@@ -164,9 +165,13 @@ def test_the_cache_is_what_the_tapes_and_the_unedited_states_take(family, begins
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_answers_take_is_known(family):
     """Keys and values at least; and fewer prompts are answered at a time where there is little room."""
-    plan = Planner(twin_of(tiny_model(family), torch.float32), CONFIG, load_of()).plan(2**30)
+    model = tiny_model(family)
+    plan = Planner(twin_of(model, torch.float32), CONFIG, load_of()).plan(2**30)
     if plan.answering:
-        assert plan.answering > LAYERS * 2 * 4 * 8
+        kept = Prefix.of(find_structure(model).base, range(16), torch.device("cpu"))._kept
+        keys_and_values = sum(tensor.nbytes for pair in kept.values() for tensor in pair) / 16
+        assert len(kept) == LAYERS
+        assert keys_and_values < plan.answering < 20 * keys_and_values
         assert plan.at_once(8192) == 8192
         assert replace(plan, budget=plan.fixed + 100 * plan.answering).at_once(8192) == 100
     else:
