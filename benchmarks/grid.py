@@ -39,6 +39,7 @@ STEP_PACES = ((128, 1.0, ""), (2048, 1.0, ""), (2048, 1 / 3, ", a third of the g
 TOKENS = tuple(2**i for i in range(7, 16))
 REQUESTS = tuple(2**i for i in range(10))
 TARGET, MOST_KL, MOST_STEPS = 0.1, 0.5, 60
+WHOLE_SIZES = (512, 2048)  # tokens in flight of whole jobs, beside SAME
 K = 1000
 
 
@@ -113,7 +114,7 @@ def trace_cases(
             taking_part[provider] = tokens
             at = grid.key(suite, provider, mode, "peak_bytes", x_name, x)
             grid.add_peak(at, "trace_peak", micro_batch=tokens, **subject)
-            over[provider] = (in_flight, grid_peak(grid, at))
+            over[provider] = (in_flight, int(figure(grid, at)))
         if all(grid.figures.has(**grid.key(suite, p, mode, "seconds", x_name, x)) for p in taking_part):
             continue
         rounds = grid.rounds if in_all(subject) <= WORK else 1  # what takes minutes varies less
@@ -129,9 +130,9 @@ def in_all(subject: dict[str, int]) -> int:
     return max(subject["length"], 64) * subject["requests"]
 
 
-def grid_peak(grid: Grid, at: dict[str, Any]) -> int:
-    """The peak that the file has for a case."""
-    return int(next(row["median"] for row in grid.figures.rows() if all(row[name] == str(at[name]) for name in at)))
+def figure(grid: Grid, at: dict[str, Any]) -> float:
+    """What the file has for a case."""
+    return float(next(row["median"] for row in grid.figures.rows() if all(row[name] == str(at[name]) for name in at)))
 
 
 def drawn(tokens: int) -> dict[str, int]:
@@ -212,30 +213,50 @@ def step_cases(grid: Grid, mode: str, share: float, micro_batch: int, kept: floa
 
 
 def whole(grid: Grid) -> None:
-    """Each tool at each learning rate of its grid; the curves are kept, so that another target can be asked later."""
-    count = 4 if grid.smallest else 64
-    settings: dict[str, Any] = {"k": 20 if grid.smallest else K, "micro_batch_tokens": SAME}
-    job = {"requests": count, "held_out": 4 if grid.smallest else 16, "settings": settings}
+    """Each tool at each learning rate of its grid and one micro-batch; at the best of them, at other micro-batches.
+
+    The curves are kept, so that another target can be asked later.
+    """
     for provider, tool in EDITORS.items():
-        for lr in tool.load().LRS[: 1 if grid.smallest else None]:
-            at = grid.key("whole", provider, f"lr {lr:g}", "steps", "target", TARGET)
-            if grid.figures.has(**at):
-                continue
-            limits = {"target": TARGET, "most_kl": MOST_KL, "most_steps": 2 if grid.smallest else MOST_STEPS}
-            found = grid.fresh("whole", tight=False, provider=provider, lr=lr, **limits, **job)
-            for number, seconds, loss, kl in found["curve"]:
-                point = grid.key("whole", provider, f"lr {lr:g}", "", "step", number)
-                values = {"seconds_to_step": seconds, "held_out_loss": loss, "held_out_kl": kl}
-                grid.add(point, {name: (value, value, value) for name, value in values.items()})
-            number, seconds, _, kl = found["curve"][-1]
-            if found["reached"]:
-                reached = {"seconds": seconds, "held_out_kl": kl}
-                grid.add(at, {name: (value, value, value) for name, value in reached.items()})
-            else:
-                grid.out(f"whole, {provider}, lr {lr:g}: not reached in {number} steps")
-            grid.add(at, {"steps": (number, number, number)})  # last: the case is whole then
+        rates = tool.load().LRS[: 1 if grid.smallest else None]
+        for lr in rates:
+            whole_case(grid, provider, lr, f"lr {lr:g}", SAME)
+        taken = {lr: whole_seconds(grid, provider, f"lr {lr:g}") for lr in rates}
+        best_lr = min(rates, key=taken.__getitem__)
+        for size in () if grid.smallest or taken[best_lr] == float("inf") else WHOLE_SIZES:
+            whole_case(grid, provider, best_lr, f"lr {best_lr:g}, {size:,} at once", size)
         at = grid.key("whole", provider, "two steps", "peak_bytes", "target", TARGET)
-        grid.add_peak(at, "whole_peak", lr=tool.load().LRS[0], **job)
+        grid.add_peak(at, "whole_peak", lr=rates[0], **whole_job(grid, SAME))
+
+
+def whole_job(grid: Grid, tokens: int) -> dict[str, Any]:
+    settings: dict[str, Any] = {"k": 20 if grid.smallest else K, "micro_batch_tokens": tokens}
+    return {"requests": 4 if grid.smallest else 64, "held_out": 4 if grid.smallest else 16, "settings": settings}
+
+
+def whole_seconds(grid: Grid, provider: str, mode: str) -> float:
+    """How long a case took; infinite where it didn't reach its target."""
+    at = grid.key("whole", provider, mode, "seconds", "target", TARGET)
+    return figure(grid, at) if grid.figures.has(**at) else float("inf")
+
+
+def whole_case(grid: Grid, provider: str, lr: float, mode: str, tokens: int) -> None:
+    at = grid.key("whole", provider, mode, "steps", "target", TARGET)
+    if grid.figures.has(**at):
+        return
+    limits = {"target": TARGET, "most_kl": MOST_KL, "most_steps": 2 if grid.smallest else MOST_STEPS}
+    found = grid.fresh("whole", tight=False, provider=provider, lr=lr, **limits, **whole_job(grid, tokens))
+    for number, seconds, loss, kl in found["curve"]:
+        point = grid.key("whole", provider, mode, "", "step", number)
+        values = {"seconds_to_step": seconds, "held_out_loss": loss, "held_out_kl": kl}
+        grid.add(point, {name: (value, value, value) for name, value in values.items()})
+    number, seconds, _, kl = found["curve"][-1]
+    if found["reached"]:
+        reached = {"seconds": seconds, "held_out_kl": kl}
+        grid.add(at, {name: (value, value, value) for name, value in reached.items()})
+    else:
+        grid.out(f"whole, {provider}, {mode}: not reached in {number} steps")
+    grid.add(at, {"steps": (number, number, number)})  # last: the case is whole then
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent))  # Python may have been told not to look beside a script
@@ -35,46 +36,66 @@ def distinct(rows: Iterable[dict[str, str]], name: str) -> list[str]:
     return list(dict.fromkeys(row[name] for row in rows))
 
 
+@dataclass(frozen=True)
+class Figure:
+    """What a tool took for a job: medians; None where that wasn't measured."""
+
+    tool: str
+    seconds: float | None
+    peak: float | None
+    how: str = ""
+
+    @property
+    def taken(self) -> str:
+        parts = [self.how, _seconds(self.seconds), _bytes(self.peak)]
+        return ", ".join(part for part in parts if part)
+
+
 def table(rows: Rows) -> str:
-    """Markdown: a line a provider and job, with ratios of pke_fast's figures to the provider's, then where it was."""
+    """Markdown: a line a job and other tool, with the ratios of pke_fast's figures to its, then where it was."""
     if not rows:
         raise InputError("there are no figures", do="run python benchmarks/grid.py first")
-    lines = [
-        "| job | tool | time | memory over the model | pke_fast's time, memory |",
-        "|---|---|---|---|---|",
-    ]
-    for job, suite, mode, x in _jobs(rows):
-        of = [row for row in rows if (row["suite"], row["mode"], row["x"]) == (suite, mode, x)]
-        ours = {metric: value(rows, suite, OURS, metric, mode, x) for metric in ("seconds", "peak_bytes")}
-        for provider in distinct(of, "provider"):
-            seconds, peak = (value(rows, suite, provider, metric, mode, x) for metric in ("seconds", "peak_bytes"))
-            ratios = [_ratio(ours["seconds"], seconds), _ratio(ours["peak_bytes"], peak)]
-            shown = "" if provider == OURS else ", ".join(ratio for ratio in ratios if ratio)
-            lines.append(f"| {job} | {provider} | {_seconds(seconds)} | {_bytes(peak)} | {shown} |")
-    for share, words in SHARES.items():
-        lines += _within(rows, share, words)
-    lines += _whole(rows)
+    jobs = [*_jobs(rows), *(job for share, words in SHARES.items() for job in _within(rows, share, words))]
+    lines = ["| job | pke_fast | another tool | pke_fast's share of its time, of its memory |", "|---|---|---|---|"]
+    for job, figures in [*jobs, *_whole(rows)]:
+        ours = next((figure for figure in figures if figure.tool == OURS), Figure(OURS, None, None))
+        for other in figures:
+            if other is not ours:
+                shares = [_ratio(ours.seconds, other.seconds), _ratio(ours.peak, other.peak)]
+                shown = ", ".join(share for share in shares if share and other.seconds)
+                lines.append(f"| {job} | {ours.taken} | {other.tool}: {other.taken} | {shown} |")
     where = rows[-1]
     note = f"{', '.join(distinct(rows, 'model'))}, {', '.join(distinct(rows, 'dtype'))}, {where['hardware']},"
     note += (
         f" {where['threads']} threads, torch {where['torch']}, transformers {where['transformers']}, {where['date']};"
     )
-    return "\n".join([*lines, "", f"{note} medians. The ratios are pke_fast's figure over the tool's."])
+    return "\n".join([*lines, "", f"{note} medians; memory over the loaded model."])
 
 
-def _jobs(rows: Rows) -> list[tuple[str, str, str, str]]:
-    """The cases that the table shows: tracing at the largest size that every tool has, and every window's step."""
-    jobs = []
+Job = tuple[str, list[Figure]]
+
+
+def _jobs(rows: Rows) -> list[Job]:
+    """Tracing at the largest size that every tool has, and every window's step."""
+    cases = []
     for mode in distinct((row for row in rows if row["suite"] == "tokens"), "mode"):
         of = [row for row in rows if row["suite"] == "tokens" and row["mode"] == mode and row["metric"] == "seconds"]
         everyone = set(distinct(of, "provider"))
         shared = [x for x in distinct(of, "x") if {row["provider"] for row in of if row["x"] == x} == everyone]
         if shared:
             x = max(shared, key=int)
-            jobs.append((f"trace and score {int(x):,} tokens, {mode}", "tokens", mode, x))
+            cases.append((f"trace and score {int(x):,} tokens, {mode}", "tokens", mode, x))
     for mode in distinct((row for row in rows if row["suite"] == "step"), "mode"):
         x = next(row["x"] for row in rows if row["suite"] == "step" and row["mode"] == mode)
-        jobs.append((f"an edit step, hot spots in the {mode}", "step", mode, x))
+        cases.append((f"an edit step, hot spots in the {mode}", "step", mode, x))
+    jobs = []
+    for job, suite, mode, x in cases:
+        of = [row for row in rows if (row["suite"], row["mode"], row["x"]) == (suite, mode, x)]
+        figures = []
+        for provider in distinct(of, "provider"):
+            seconds, peak = (value(rows, suite, provider, metric, mode, x) for metric in ("seconds", "peak_bytes"))
+            figures.append(Figure(provider, seconds, peak))
+        jobs.append((job, figures))
     return jobs
 
 
@@ -89,25 +110,22 @@ def fastest(rows: Rows) -> dict[str, dict[str, str]]:
     return found
 
 
-def _whole(rows: Rows) -> list[str]:
-    lines = []
-    best = fastest(rows)
-    ours = float(best[OURS]["median"]) if OURS in best else None
-    for provider in distinct((row for row in rows if row["suite"] == "whole"), "provider"):
+def _whole(rows: Rows) -> list[Job]:
+    """Each tool's fastest whole job."""
+    whole = [row for row in rows if row["suite"] == "whole"]
+    if not whole:
+        return []
+    best, figures = fastest(rows), []
+    target = next(row["x"] for row in whole if row["x_name"] == "target")
+    for provider in distinct(whole, "provider"):
         row = best.get(provider)
-        target = next(r["x"] for r in rows if r["suite"] == "whole" and r["x_name"] == "target")
-        job = f"locate and edit to a held-out loss of {target}"
         peak = value(rows, "whole", provider, "peak_bytes", "two steps", target)
-        if row is None:
-            lines.append(f"| {job} | {provider} | not reached | {_bytes(peak)} | |")
-            continue
-        seconds = float(row["median"])
-        ratio = "" if provider == OURS else _ratio(ours, seconds)
-        lines.append(f"| {job} | {provider}, {row['mode']} | {_seconds(seconds)} | {_bytes(peak)} | {ratio} |")
-    return lines
+        seconds, how = (None, "not reached") if row is None else (float(row["median"]), row["mode"])
+        figures.append(Figure(provider, seconds, peak, how))
+    return [(f"locate and edit to a held-out loss of {target}", figures)]
 
 
-def _within(rows: Rows, share: float, words: str) -> list[str]:
+def _within(rows: Rows, share: float, words: str) -> list[Job]:
     """Hooks at their fastest micro-batch; pke_fast at its fastest in at most a share of the memory they take there."""
     times = [row for row in rows if row["suite"] == "micro-batch" and row["metric"] == "seconds"]
 
@@ -123,13 +141,10 @@ def _within(rows: Rows, share: float, words: str) -> list[str]:
     ours = best(OURS, share * taken(hooks)) if hooks else None
     if hooks is None or ours is None:
         return []
-    job = f"trace and score {hooks['mode']}, pke_fast in {words} of hooks' memory"
-    ratio = f"{_ratio(float(ours['median']), float(hooks['median']))}, {_ratio(taken(ours), taken(hooks))}"
-    return [
-        f"| {job} | {row['provider']}, {int(row['x']):,} at once | {_seconds(float(row['median']))}"
-        f" | {_bytes(taken(row))} | {'' if row is ours else ratio} |"
-        for row in (ours, hooks)
+    figures = [
+        Figure(row["provider"], float(row["median"]), taken(row), f"{int(row['x']):,} at once") for row in (ours, hooks)
     ]
+    return [(f"trace and score {hooks['mode']}, pke_fast in {words} of hooks' memory", figures)]
 
 
 def _ratio(ours: float | None, theirs: float | None) -> str:

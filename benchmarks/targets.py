@@ -34,6 +34,7 @@ from pke_fast.bench.measuring import in_turns, peak_over_now, timed
 from pke_fast.bench.subjects import Subject
 from pke_fast.config import PKEConfig
 from pke_fast.editing import edit_columns
+from pke_fast.pace import is_out_of_memory
 from pke_fast.plan import Load
 from pke_fast.planner import Planner
 from pke_fast.planning import matmul_rate
@@ -92,11 +93,10 @@ def measured(on: Subject, config: PKEConfig, limit: float, rounds: int) -> dict[
         "locating, share of the measured matmul rate": plan.scoring_flops / locating / rate,
     }
     few = replace(on, requests=requests[:FEW])
-    figures |= _ratios("tracing", "hooks'", _tracing(few, plan.tokens), rounds, device)
+    figures |= _beside("tracing", "hooks'", partial(_tracing, few, plan.tokens), rounds, device)
     batch = replace(on, requests=requests[: config.batch_size], locality=[])
     stepping = EDIT.replace(batch_size=config.batch_size, micro_batch_tokens=plan.tokens)
-    check_equal_steps(batch, hot_spots, stepping)
-    return figures | _ratios("steps", "dense Adam's", _stepping(batch, hot_spots, stepping), rounds, device)
+    return figures | _beside("steps", "dense Adam's", partial(_stepping, batch, hot_spots, stepping), rounds, device)
 
 
 def _tracing(on: Subject, tokens: int) -> dict[str, Callable[[], Any]]:
@@ -107,6 +107,7 @@ def _tracing(on: Subject, tokens: int) -> dict[str, Callable[[], Any]]:
 
 def _stepping(on: Subject, hot_spots: dict[int, Tensor], config: PKEConfig) -> dict[str, Callable[[], Any]]:
     """A run of each is a few steps with their set-up: what is kept from step to step counts."""
+    check_equal_steps(on, hot_spots, config)
 
     def run(provider: str) -> None:
         with stepper(provider, on, hot_spots, config) as step:
@@ -114,6 +115,19 @@ def _stepping(on: Subject, hot_spots: dict[int, Tensor], config: PKEConfig) -> d
                 step(number)
 
     return {provider: partial(run, provider) for provider in STEPPERS}
+
+
+def _beside(
+    what: str, whose: str, prepared: Callable[[], Mapping[str, Callable[[], Any]]], rounds: int, device: torch.device
+) -> dict[str, float]:
+    """Ours beside theirs; nothing where the card is too small for theirs."""
+    try:
+        return _ratios(what, whose, prepared(), rounds, device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"{what}: not compared, memory ran out beside {whose}", file=sys.stderr)
+        return {}
 
 
 def _ratios(
