@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,7 @@ def edit(
     device: str | None = None,
     offload_folder: str | Path | None = None,
     resume: str | Path | None = None,
+    resume_minutes: float | None = None,
     ranks: Ranks = ALONE,
 ) -> EditResult:
     """Edits a model in place so that it gives the safe answers to the requests and answers all else as before.
@@ -163,6 +165,7 @@ def edit(
         resume: a folder where the state of the job is kept every few minutes. Called again with the same arguments,
             a job that was interrupted goes on from there, to the same patch; the folder is removed
             once the result is written.
+        resume_minutes: between two states that are kept there; by default 5.
         ranks: the processes that share the job, each called with the same arguments; all get the same result.
 
     Raises:
@@ -170,10 +173,11 @@ def edit(
         EditError: the edit failed on the way, as by a loss that became NaN; the weights were put back.
     """
     config = config or PKEConfig()
+    keeping = partial(Resume, resume, minutes=resume_minutes)
     with workbench(model, tokenizer, config, stages, name, ranks=ranks, device=device) as bench:
         facts = summary.model_facts(bench)
         check_fits(bench)
-        plan, bench = _planned(bench, requests, locality, memory_budget, offload_folder, resume, edits=True)
+        plan, bench = _planned(bench, requests, locality, memory_budget, offload_folder, keeping, edits=True)
         job = prepare(bench, requests, locality)
         shown = [("harmful", r.prompt) for r in job.requests[:samples]]
         shown += [("benign", p.prompt) for p in job.locality[:samples]]
@@ -243,6 +247,7 @@ def locate(
     device: str | None = None,
     offload_folder: str | Path | None = None,
     resume: str | Path | None = None,
+    resume_minutes: float | None = None,
     ranks: Ranks = ALONE,
 ) -> LocateResult:
     """Scores every neuron of every layer, selects the hot spots, and asks what the model knows; it is left as it is.
@@ -256,10 +261,11 @@ def locate(
         InputError: the model, a request or a setting can't be used.
     """
     config = config or PKEConfig()
+    keeping = partial(Resume, resume, minutes=resume_minutes)
     with workbench(model, tokenizer, config, stages, name, ranks=ranks, device=device) as bench:
         moved = None if compare is None else drift(bench.structure, find_structure(compare))
         check_fits(bench)
-        plan, bench = _planned(bench, requests, locality, memory_budget, offload_folder, resume, edits=False)
+        plan, bench = _planned(bench, requests, locality, memory_budget, offload_folder, keeping, edits=False)
         job = prepare(bench, requests, locality)
         located = locate_hot_spots(bench, job, drift=moved)
         known = foretell(bench, job) if bench.ranks.first else None
@@ -277,7 +283,7 @@ def _planned(
     locality: Sequence[Pair] | None,
     budget: int | None,
     offload_folder: str | Path | None,
-    resume: str | Path | None,
+    keeping: Callable[..., Resume],
     *,
     edits: bool,
 ) -> tuple[Plan | None, Workbench]:
@@ -297,7 +303,7 @@ def _planned(
         }
         for what, value in job.items():
             bench.ranks.agree(what, value)
-        kept = bench.ranks.in_turn(lambda: Resume(resume, job, rank=bench.ranks.rank))
+        kept = bench.ranks.in_turn(lambda: keeping(job=job, rank=bench.ranks.rank))
         pace = resumed_pace(plan.pace() if plan else bench.pace, kept.part("pace"))
     bench.place(plan, offload_folder)
     return plan, bench.going(pace, kept, plan.at_once(TOKENS_AT_ONCE) if plan else TOKENS_AT_ONCE)

@@ -22,7 +22,7 @@ from pke_fast.pace import Pace
 
 State = dict[str, Tensor]
 JOB = "job.json"
-EVERY_SECONDS = 300.0
+EVERY_MINUTES = 5.0
 
 
 class Snapshot:
@@ -92,11 +92,11 @@ class Resume:
     Args:
         folder: made where it isn't there; None for a run that keeps nothing.
         job: what decides the result (model, requests, settings, plan, versions), to be compared on the next start.
-        every: seconds between two states of a part; None for `EVERY_SECONDS`.
+        minutes: between two states of a part, 0 for every one; None: `EVERY_MINUTES`.
         rank: several ranks share a folder; each keeps its own parts, the first one the job.
 
     Raises:
-        InputError: the folder is of another job, which is told apart by what differs.
+        InputError: the folder is of another job, which is told apart by what differs; or the minutes are below 0.
     """
 
     def __init__(
@@ -104,11 +104,14 @@ class Resume:
         folder: str | Path | None = None,
         job: Mapping[str, str] | None = None,
         *,
-        every: float | None = None,
+        minutes: float | None = None,
         rank: int = 0,
     ) -> None:
+        minutes = EVERY_MINUTES if minutes is None else minutes
+        if not minutes >= 0:
+            raise InputError(f"can't keep a state every {minutes} minutes", expected="0 or more")
         self._folder, self._rank = None if folder is None else Path(folder), rank
-        self._every = EVERY_SECONDS if every is None else every
+        self._every = 60 * minutes
         self._mine = [JOB]  # patterns of the files that are kept
         if self._folder is None:
             return

@@ -44,7 +44,7 @@ LOCALITY = [Pair(f"Bake cake {n}", "Take some flour") for n in range(4)] + [Pair
 @pytest.fixture(autouse=True)
 def often(tmp_path, monkeypatch):
     """The state is kept at every turn."""
-    monkeypatch.setattr(resume, "EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(resume, "EVERY_MINUTES", 0.0)
     monkeypatch.setattr(detectors, "LEAST", 1)
     monkeypatch.setenv("PKE_FAST_CACHE", str(tmp_path / "cache"))
 
@@ -324,7 +324,7 @@ def test_the_state_outlives_a_write_that_fails(interrupted, tmp_path):
 def test_parts_are_kept_every_so_often(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(resume.time, "monotonic", lambda: now[0])
-    part = Resume(tmp_path / "state", {"a": "1"}, every=10.0).part("work")
+    part = Resume(tmp_path / "state", {"a": "1"}, minutes=1 / 6).part("work")
     value = torch.zeros(3, dtype=torch.bfloat16)
 
     def state():
@@ -339,6 +339,13 @@ def test_parts_are_kept_every_so_often(tmp_path, monkeypatch):
     assert part.load()["value"].tolist() == [25.0] * 3
 
 
+@pytest.mark.parametrize("minutes", [-1.0, float("nan")])
+def test_no_time_between_two_states(tmp_path, minutes):
+    with pytest.raises(InputError, match="0 or more"):
+        edit(tmp_path / "state", resume_minutes=minutes)
+    assert not (tmp_path / "state").exists()
+
+
 @pytest.mark.slow
 def test_a_command_that_is_killed_at_any_moment_goes_on(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "model")
@@ -348,7 +355,7 @@ def test_a_command_that_is_killed_at_any_moment_goes_on(tmp_path):
     pairs = [{"prompt": p.prompt, "answer": "Take flour"} for p in LOCALITY]
     (tmp_path / "benign.jsonl").write_text("".join(json.dumps(line) + "\n" for line in pairs))
     code = (
-        "import sys, time\nfrom pke_fast import resume, editing\nresume.EVERY_SECONDS = 0.0\n"
+        "import sys, time\nfrom pke_fast import editing\n"
         "own = editing.Trainer.step\n"
         "editing.Trainer.step = lambda *a, **k: time.sleep(0.05) or own(*a, **k)\n"
         "from pke_fast.cli import main\nsys.exit(main(sys.argv[1:]))"
@@ -358,6 +365,7 @@ def test_a_command_that_is_killed_at_any_moment_goes_on(tmp_path):
     def start(out, *more):
         files = ["--requests", tmp_path / "requests.jsonl", "--locality", tmp_path / "benign.jsonl"]
         given = [sys.executable, "-c", code, "edit", "--model", tmp_path / "model", *files, "--out", out]
+        given += ["--resume-minutes", 0]
         return subprocess.Popen(
             [str(value) for value in (*given, *(v for s in settings for v in ("--set", s)), *more)],
             stderr=subprocess.PIPE,

@@ -51,8 +51,13 @@ def _conditions(options: Namespace) -> dict[str, Any]:
     """How a job is run, as the engine takes it."""
     budget = parse_bytes(options.memory_budget) if options.memory_budget else None
     device = None if options.device_map else resolve_device(local_device(options.device))
-    folder = options.offload_folder
-    return {"memory_budget": budget, "device": device, "offload_folder": folder, "resume": options.resume}
+    return {
+        "memory_budget": budget,
+        "device": device,
+        "offload_folder": options.offload_folder,
+        "resume": options.resume,
+        "resume_minutes": options.resume_minutes,
+    }
 
 
 def _load_for(conditions: dict[str, Any], options: Namespace) -> LoadedModel:

@@ -108,6 +108,12 @@ def _resumable(parser: Any) -> None:
     parser.add_argument(
         "--resume", metavar="DIR", help="keep the job's state there every few minutes, and go on from it after a kill"
     )
+    parser.add_argument(
+        "--resume-minutes",
+        type=float,
+        metavar="N",
+        help="between two such states; 0 keeps every one (default: 5)",
+    )
 
 
 def _judges(parser: Any) -> None:
