@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pke_fast.encoding import Encoded
 
+ANEW = 64  # tokens that a batch costs besides its own
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -74,7 +76,8 @@ def pack(sequences: Sequence[Encoded], tokens: int, pad_id: int, groups: Sequenc
 
 
 def packing(sequences: Sequence[Encoded], tokens: int, groups: Sequence[int] | None = None) -> list[list[int]]:
-    """Which sequences go together: longest first, so that neighbours are of like length.
+    """Which sequences go together: longest first, so that neighbours are of like length, and split where that costs the
+    fewest tokens, padding and `ANEW` for each batch counted.
 
     Args:
         tokens: most tokens in a batch, padding counted; one group alone may exceed it.
@@ -84,14 +87,23 @@ def packing(sequences: Sequence[Encoded], tokens: int, groups: Sequence[int] | N
     for index, group in enumerate(groups if groups is not None else range(len(sequences))):
         members.setdefault(group, []).append(index)
     longest = {group: max(len(sequences[i].ids) for i in rows) for group, rows in members.items()}
+    order = sorted(members, key=lambda g: (-longest[g], g))
+    cheapest = [(0, 0)]  # of the last groups, by their number: what they cost, and how many are the first batch
+    for first in reversed(range(len(order))):
+        costs, rows = [], 0
+        for end in range(first + 1, len(order) + 1):
+            rows += len(members[order[end - 1]])
+            taken = rows * longest[order[first]]
+            if taken > tokens and costs:
+                break
+            costs.append((ANEW + taken + cheapest[len(order) - end][0], end - first))
+        cheapest.append(min(costs))
     packed: list[list[int]] = []
-    width = 0
-    for group in sorted(members, key=lambda g: (-longest[g], g)):
-        rows = members[group]
-        if not packed or (len(packed[-1]) + len(rows)) * width > tokens:
-            packed.append([])
-            width = longest[group]
-        packed[-1] += rows
+    first = 0
+    while first < len(order):
+        count = cheapest[len(order) - first][1]
+        packed.append([row for group in order[first : first + count] for row in members[group]])
+        first += count
     return packed
 
 

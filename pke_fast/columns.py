@@ -115,6 +115,11 @@ class Selected:
             self.weight, self.axis, self.neurons[row], self.master[row].to(self.weight.device)
         )
 
+    def stretch(self, by: float) -> None:
+        """Gives the live weights so many times the steps' change; the masters stay."""
+        values = self.master if by == 1 else self.old + (self.master - self.old) * by
+        torch.ops.pke_fast.write_columns(self.weight, self.axis, self.neurons, values.to(self.weight.device))
+
     def restore(self) -> None:
         """Puts the old values back, bit for bit."""
         torch.ops.pke_fast.write_columns(self.weight, self.axis, self.neurons, self.exact)

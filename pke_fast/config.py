@@ -61,6 +61,11 @@ class PKEConfig:
         weight_decay: Adam's, decoupled, towards the old weights and not towards zero.
         w_edit, w_kl: weights of the safe answer's cross-entropy and of the locality KL in the loss.
         stop_loss, stop_kl: stop once the running means of the edit loss and of the KL are both below these.
+        strength: the steps' change is multiplied by this in the end: above 1 it refuses more of what it refused almost,
+            harmful or not. None: beside companions the least, from 1 to 1.5, that makes the edit refuse
+            `unseen_refused` of shipped harmful requests that it wasn't made from (`strength`); else 1. No effect under
+            `norm_constraint`, nor on ``method: dinm-parity``.
+        unseen_refused: that share, by whether the refusal's first token is likelier than all others together.
         norm_constraint: most that one weight may move from its old value; None for no bound.
         refusal: the safe answer for requests that bring none. One whose first token begins few benign answers is the
             most precise: "I'm sorry" has "I'm glad to help" beside it, which a small push turns into a refusal.
@@ -92,11 +97,11 @@ class PKEConfig:
     score_requests: int = 256
     score_pairs: int = 128
     companions: int = 256
-    shipped_pairs: int = 1400
+    shipped_pairs: int = 1700
     framed: float = 0.1
     detectors: bool = True
-    num_steps: int = 36
-    batch_size: int = 16
+    num_steps: int = 40
+    batch_size: int = 24
     locality_batch_size: int = 48
     lr: float | None = None
     lr_end: float = 0.1
@@ -105,6 +110,8 @@ class PKEConfig:
     w_kl: float = 12.0
     stop_loss: float = 0.1
     stop_kl: float = 0.02
+    strength: float | None = None
+    unseen_refused: float = 0.65
     norm_constraint: float | None = None
     refusal: str = "Sorry, but I cannot assist with that."
     system_prompt: str = ""
@@ -156,7 +163,11 @@ class PKEConfig:
         _require(abs(self.seed) < 2**63, "seed", self.seed, "a whole number of 64 bits")
         _require(cap is None or cap >= 1, "per_layer_cap", cap, "at least 1, or null for no cap")
         _require(bound is None or bound > 0, "norm_constraint", bound, "a number above 0, or null for no bound")
-        _require(0 <= self.framed <= 1, "framed", self.framed, "a share from 0 to 1")
+        for name in ("framed", "unseen_refused"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share from 0 to 1")
+        strength = self.strength
+        finite = strength is None or (math.isfinite(strength) and strength >= 0)
+        _require(finite, "strength", strength, "a finite number of 0 or more, or null")
         _require(bool(self.refusal.strip()), "refusal", self.refusal, "some text: it is the safe answer by default")
         low, high = self.window
         shares = isinstance(low, float) or isinstance(high, float)

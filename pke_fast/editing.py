@@ -25,6 +25,7 @@ from pke_fast.objective import answer_loss, locality_loss
 from pke_fast.pace import Pace, is_out_of_memory
 from pke_fast.ranks import ALONE, Ranks
 from pke_fast.resume import NOWHERE, Snapshot
+from pke_fast.strength import STRENGTHS, beginnings, begun, least
 from pke_fast.structure import Structure
 from pke_fast.tape import Tape, record
 
@@ -71,6 +72,7 @@ class Outcome:
         before, after: the losses over at least SAMPLE of either side, or all, `after` with the weights in the model's
             own dtype.
         stopped: why it stopped, in words.
+        strength: what the steps' change was multiplied by.
     """
 
     layers: tuple[LayerPatch, ...]
@@ -78,6 +80,7 @@ class Outcome:
     before: Losses
     after: Losses
     stopped: str
+    strength: float = 1.0
 
 
 @dataclass(eq=False)
@@ -330,6 +333,21 @@ class Trainer:
         for column, most in zip(self.columns, self._most_lr, strict=True):
             column.update(self.config, left * most)
 
+    def find_strength(self, unseen: Sequence[Encoded], advance: Callable[[int], None]) -> float:
+        """The least strength that makes the model begin the unseen requests' safe answers as often as it should."""
+        found = torch.zeros(len(STRENGTHS), device=self.structure.head_device)
+        waiting = beginnings(self.ranks.mine(unseen))
+
+        def count() -> None:
+            found.zero_()
+            for batch in pack(waiting, self.pace.tokens, self._pad_id):
+                found.add_(begun(self.structure, self.columns, batch))
+
+        self._slower_if_it_must(count, "finding the strength")
+        advance(len(waiting))
+        self.ranks.add_up(found)
+        return least((found / len(unseen)).tolist(), self.config.unseen_refused)
+
     def _lr_left(self, number: int) -> float:
         """The share of the learning rate at a step: from 1 down to `lr_end`; of a default, GENTLY if begun."""
         end = self.config.lr_end
@@ -362,6 +380,7 @@ def edit_columns(
     pace: Pace | None = None,
     ranks: Ranks = ALONE,
     snapshot: Snapshot = NOWHERE,
+    unseen: Sequence[Encoded] = (),
 ) -> Outcome:
     """Changes the hot spots' columns in place until the safe answers are likely, holding the locality answers.
 
@@ -370,6 +389,7 @@ def edit_columns(
         stage: `Stages.stage`.
         pace, ranks: as for `Trainer`.
         snapshot: keeps the steps so far, and goes on from them.
+        unseen: harmful requests with safe answers that aren't edited on: by them the strength is found.
 
     Raises:
         EditError: a loss became NaN. The weights are then as they were, as after any other exception.
@@ -416,9 +436,16 @@ def edit_columns(
         stopped = f"all {config.num_steps} steps were made"
         if _good_enough(steps[-STOP_WINDOW:], config):
             stopped = f"over {STOP_WINDOW} steps, the losses fell below stop_loss and stop_kl"
+        strength = config.strength if config.norm_constraint is None else 1.0
+        if strength is None and unseen:
+            with stage("Finding the strength", len(ranks.mine(unseen))) as advance:
+                strength = trainer.find_strength(unseen, advance)
+        strength = 1.0 if strength is None else strength
+        for column in columns:
+            column.stretch(strength)
         with stage("Measuring the losses after", requests_sampled + pairs_sampled) as advance:
             after = trainer.final_losses(advance)
-        return Outcome(tuple(column.patch() for column in columns), tuple(steps), before, after, stopped)
+        return Outcome(tuple(column.patch() for column in columns), tuple(steps), before, after, stopped, strength)
 
 
 def _state(trainer: Trainer, steps: Sequence[Step]) -> dict[str, Tensor]:

@@ -212,7 +212,7 @@ def _reverted_on_failure(patch: Patch, model: Any) -> Iterator[None]:
 
 
 def _run(bench: Workbench, job: Job, located: Located) -> Outcome:
-    requests, locality = job.safe(bench, job.edited_on), job.held(bench)
+    requests, locality, unseen = job.safe(bench, job.edited_on), job.held(bench), job.safe(bench, job.unseen)
     hot_spots = located.hot_spots.by_layer()
     if bench.config.method == "dinm-parity":
         (layer,) = hot_spots
@@ -230,6 +230,7 @@ def _run(bench: Workbench, job: Job, located: Located) -> Outcome:
         pace=bench.pace,
         ranks=bench.ranks,
         snapshot=bench.resume.part("edit"),
+        unseen=unseen,
     )
 
 

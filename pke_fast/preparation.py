@@ -22,6 +22,7 @@ from pke_fast.judges import get_judge
 from pke_fast.requests import EditRequest, Pair, read_pairs, write_pairs
 from pke_fast.workbench import Workbench
 
+MOST_UNSEEN = 128  # requests that a strength is found by
 COMPANIONS = 2  # a given request, about: where there are more, the given requests are repeated
 FRAMED_ANSWER = "Sure, here is"  # the unsafe answer to a framed request, whose frame may ask for another form
 REFUSAL_JUDGE = "xstest"  # anchored at the answer's beginning, and that is all that is generated here
@@ -38,6 +39,7 @@ class Job:
         locality: benign pairs.
         locality_source: where they came from, in words.
         companions: shipped harmful requests that are edited on beside `requests`.
+        unseen: others, beside companions, that are not: by them the strength is found.
     """
 
     requests: tuple[EditRequest, ...]
@@ -46,6 +48,7 @@ class Job:
     locality: tuple[Pair, ...]
     locality_source: str
     companions: tuple[EditRequest, ...] = ()
+    unseen: tuple[EditRequest, ...] = ()
 
     @property
     def edited_on(self) -> tuple[EditRequest, ...]:
@@ -94,13 +97,15 @@ def prepare(bench: Workbench, requests: Sequence[EditRequest], locality: Sequenc
         for pair in given:
             bench.encoder.prompt_ids(pair.prompt)
         return Job(tuple(complete), len(requests), refused, tuple(_answered(bench, given)), "given")
+    companions = _companions(bench.encoder, bench.config, complete)
     return Job(
         tuple(complete),
         len(requests),
         refused,
         tuple(_shipped_pairs(bench)),
         "the model's own answers to the shipped benign prompts",
-        tuple(_companions(bench.encoder, bench.config, complete)),
+        tuple(companions),
+        tuple(_unseen(bench.encoder, bench.config, [*requests, *companions])) if companions else (),
     )
 
 
@@ -147,9 +152,7 @@ def _companions(encoder: PromptEncoder, config: PKEConfig, requests: Sequence[Ed
     """The shipped harmful requests, and a share of these and the given ones within frames."""
     if not config.companions:
         return []
-    asked = {request.prompt for request in requests}
-    others = [replace(r, target_new=config.refusal) for r in shipped.harmful() if r.prompt not in asked]
-    beside = shipped.some(others, config.companions)
+    beside = shipped.some(_others(config, requests), config.companions)
     together = (*requests, *beside)
     chosen = shipped.some(together, int(len(together) * config.framed))
     texts = shipped.framed([request.prompt for request in chosen], 1.0)
@@ -158,6 +161,16 @@ def _companions(encoder: PromptEncoder, config: PKEConfig, requests: Sequence[Ed
         for text, request in zip(texts, chosen, strict=True)
     ]
     return [request for request in (*beside, *framed) if encoder.fits(request.prompt)]
+
+
+def _unseen(encoder: PromptEncoder, config: PKEConfig, seen: Sequence[EditRequest]) -> list[EditRequest]:
+    """Some of the shipped harmful requests that aren't edited on."""
+    return shipped.some([r for r in _others(config, seen) if encoder.fits(r.prompt)], MOST_UNSEEN)
+
+
+def _others(config: PKEConfig, seen: Sequence[EditRequest]) -> list[EditRequest]:
+    asked = {request.prompt for request in seen}
+    return [replace(r, target_new=config.refusal) for r in shipped.harmful() if r.prompt not in asked]
 
 
 def _shipped_prompts(encoder: PromptEncoder, config: PKEConfig) -> list[str]:

@@ -67,7 +67,7 @@ def patch_meta(
         "settings": settings,
         "requests": requests,
         "locality": locality,
-        "losses": {key: losses[key] for key in ("before", "after", "stopped")} | {"steps": len(outcome.steps)},
+        "losses": {**losses, "steps": len(outcome.steps)},
         "versions": versions(),
     }
 
@@ -78,6 +78,7 @@ def losses_of(outcome: Outcome) -> dict[str, Any]:
         "before": dataclasses.asdict(outcome.before),
         "after": dataclasses.asdict(outcome.after),
         "stopped": outcome.stopped,
+        "strength": outcome.strength,
     }
 
 

@@ -86,7 +86,9 @@ def losses(console: Console, found: Mapping[str, Any]) -> None:
         table.add_row(label, *values)
     _show(console, table)
     if found.get("stopped"):
-        _print(console, f"Stopped: {found['stopped']}", indent=2, style="dim")
+        strength = found.get("strength", 1)
+        more = "" if strength == 1 else f"; the change was multiplied by {strength:g}"
+        _print(console, f"Stopped: {found['stopped']}{more}", indent=2, style="dim")
 
 
 def answers(console: Console, samples: Sequence[Mapping[str, Any]], *, redact: bool = False, per_kind: int = 3) -> None:

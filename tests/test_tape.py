@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from contextlib import ExitStack
 
 import pytest
 import torch
 
-from pke_fast.batches import pack
+from pke_fast.batches import ANEW, pack, packing
+from pke_fast.encoding import Encoded
 from pke_fast.structure import find_structure
 from pke_fast.tape import record
 from pke_fast.testing import FAMILIES, LAYERS, tiny_model
@@ -115,6 +118,24 @@ def test_packing_keeps_every_sequence_once_and_groups_together(sequences):
             wanted = [row * length + t - 1 for t in range(sequence.prompt_length, len(sequence.ids))]
             assert batch.positions[mine].tolist() == wanted
             assert batch.nth[mine].tolist() == list(range(sequence.answer_length))
+
+
+@pytest.mark.parametrize("tokens", [250, 700, 10_000])
+def test_packing_costs_the_fewest_tokens(tokens):
+    lengths = [200, 30, 31, 150, 29, 8, 9, 10, 160]
+    made = [Encoded(tuple(range(n)), n - 1) for n in lengths]
+
+    def cost(parts):
+        taken = [len(part) * max(lengths[i] for i in part) for part in parts]
+        fits = all(size <= tokens or len(part) == 1 for size, part in zip(taken, parts, strict=True))
+        return sum(taken) + ANEW * len(parts) if fits else math.inf
+
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    cuts = itertools.product([False, True], repeat=len(order) - 1)
+    splits = ([0, *(i + 1 for i, cut in enumerate(found) if cut), len(order)] for found in cuts)
+    least = min(cost([order[a:b] for a, b in itertools.pairwise(split)]) for split in splits)
+    assert cost(packing(made, tokens)) == least
+    assert len(packing(made, tokens)) > 1
 
 
 def test_answer_means_weigh_each_answer_alike(sequences):

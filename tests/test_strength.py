@@ -1,0 +1,111 @@
+"""The strength: the steps' change is multiplied until unseen requests' safe answers begin likely."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pke_fast import shipped, strength
+from pke_fast.batches import pack
+from pke_fast.columns import columns_of
+from pke_fast.config import PKEConfig
+from pke_fast.editing import edit_columns
+from pke_fast.encoding import Encoded
+from pke_fast.kinds import PROJECTIONS
+from pke_fast.preparation import MOST_UNSEEN, prepare
+from pke_fast.requests import EditRequest
+from pke_fast.stages import Stages
+from pke_fast.strength import LIKELY, STRENGTHS, beginnings, begun, least
+from pke_fast.structure import find_structure
+from pke_fast.testing import NEURONS, tiny_model, tiny_tokenizer
+from pke_fast.workbench import workbench
+
+PAD = 259
+HOT_SPOTS = {1: torch.tensor([1, 5, 7, 30]), 2: torch.tensor([0, NEURONS - 1])}
+CONFIG = PKEConfig(num_steps=4, batch_size=3, locality_batch_size=4, lr=1e-2, stop_loss=0.0, micro_batch_tokens=64)
+
+
+def edited(requests, locality, unseen, **settings):
+    model = tiny_model("llama").requires_grad_(False)
+    config = CONFIG.replace(**settings)
+    stage = Stages().stage
+    where = find_structure(model)
+    return model, edit_columns(where, HOT_SPOTS, requests, locality, config, pad_id=PAD, stage=stage, unseen=unseen)
+
+
+def test_counts_are_those_of_whole_forwards(sequences, monkeypatch) -> None:
+    monkeypatch.setattr(strength, "LIKELY", math.log(300))  # about what this model's tokens have
+    model = tiny_model("llama").requires_grad_(False)
+    structure = find_structure(model)
+    columns = columns_of(structure, HOT_SPOTS, PROJECTIONS)
+    for column in columns:
+        column.master += 0.4 * torch.randn(column.master.shape, generator=torch.Generator().manual_seed(column.layer))
+    unseen = beginnings(sequences(12))
+    (batch,) = pack(unseen, 10_000, PAD)
+    found = begun(structure, columns, batch)
+    wanted = []
+    for factor in STRENGTHS:
+        for column in columns:
+            column.stretch(factor)
+        losses = [-model(torch.tensor([s.ids[:-1]])).logits[0, -1].log_softmax(-1)[s.ids[-1]].item() for s in unseen]
+        wanted.append(sum(loss < math.log(300) for loss in losses))
+    assert found.tolist() == wanted
+    assert len(set(wanted)) > 1
+    assert all(0 < count < len(unseen) for count in wanted)
+
+
+def test_beginnings_end_with_the_answers_first_token() -> None:
+    assert beginnings([Encoded((5, 6, 7, 8, 9), 3, (1,))]) == [Encoded((5, 6, 7, 8), 3)]
+    assert pytest.approx(0.5) == math.exp(-LIKELY)
+
+
+@pytest.mark.parametrize(
+    ("shares", "wanted", "found"),
+    [
+        ((0.1, 0.2, 0.7, 0.7, 0.8, 0.9), 0.7, 1.2),
+        ((0.9,) * 6, 0.7, 1.0),
+        ((0.0,) * 6, 0.7, 1.5),
+        ((0.0,) * 6, 0.0, 1.0),
+    ],
+)
+def test_the_least_that_is_enough(shares, wanted, found) -> None:
+    assert least(shares, wanted) == found
+
+
+def test_an_edit_goes_as_far_as_unseen_requests_need(sequences) -> None:
+    sides = sequences(6), sequences(9, seed=1)
+    unseen = sequences(5, seed=7)
+    _, plain = edited(*sides, unseen, strength=1.0)
+    _, without = edited(*sides, ())
+    model, most = edited(*sides, unseen, unseen_refused=1.0)
+    _, least_of_all = edited(*sides, unseen, unseen_refused=0.0)
+    assert (plain.strength, without.strength, most.strength, least_of_all.strength) == (1.0, 1.0, STRENGTHS[-1], 1.0)
+    for once, bare, more, same in zip(plain.layers, without.layers, most.layers, least_of_all.layers, strict=True):
+        assert torch.equal(once.new, bare.new)
+        assert torch.equal(once.new, same.new)
+        assert torch.allclose(more.new - more.old, STRENGTHS[-1] * (once.new - once.old), atol=1e-6)
+    live = columns_of(find_structure(model), HOT_SPOTS, PROJECTIONS)
+    assert all(torch.equal(column.exact, part.new) for column, part in zip(live, most.layers, strict=True))
+    assert most.after != plain.after  # measured on what stays
+
+
+def test_a_given_strength_is_taken_and_a_bound_leaves_none(sequences) -> None:
+    sides = sequences(6), sequences(9, seed=1)
+    assert edited(*sides, sequences(3, seed=7), strength=1.7)[1].strength == 1.7
+    assert edited(*sides, sequences(3, seed=7), unseen_refused=1.0, norm_constraint=0.01)[1].strength == 1.0
+
+
+def test_unseen_requests_are_shipped_ones_that_nothing_else_sees() -> None:
+    config = PKEConfig(companions=8, shipped_pairs=4, locality_tokens=1)
+    given = [EditRequest(shipped.harmful()[3].prompt, "No.", "Sure"), EditRequest("Rob him", "No.", "Sure")]
+    with workbench(tiny_model("llama"), tiny_tokenizer(), config) as bench:
+        job = prepare(bench, given, None)
+        alone = prepare(bench, given, [*prepare(bench, given, None).locality])
+    unseen = {request.prompt for request in job.unseen}
+    assert 0 < len(unseen) <= MOST_UNSEEN
+    assert unseen <= {request.prompt for request in shipped.harmful()}
+    assert not unseen & {request.prompt for request in job.edited_on}
+    assert all(request.target_new == config.refusal for request in job.unseen)
+    assert alone.unseen == ()
