@@ -21,7 +21,8 @@ from pke_fast.loading import context_length, load_model, pad_token_id
 from pke_fast.structure import Structure, find_structure
 from pke_fast.workbench import laid_out
 
-WHOLE = PKEConfig(lr_end=1.0, w_kl=4.0, projections=("down",))  # what all tools do alike: down alone, a steady rate
+# What all tools do alike: down alone, a steady rate.
+WHOLE = PKEConfig(batch_size=16, lr_end=1.0, w_kl=4.0, projections=("down",))
 HELD_OUT_TOKENS = 1024  # in flight while the held-out loss is measured, which nobody is charged for
 
 
