@@ -13,16 +13,19 @@ from torch import Tensor
 
 import pke_fast.ops  # noqa: F401  registers torch.ops.pke_fast
 from pke_fast.batches import Batch, make_batch, packing
+from pke_fast.beginning import beginning_of
 from pke_fast.encoding import Encoded
 from pke_fast.errors import InputError
 from pke_fast.kernels.glu_score import segment_sum
 from pke_fast.objective import answer_loss
 from pke_fast.pace import Pace, is_out_of_memory
-from pke_fast.placement import stored_weight
+from pke_fast.placement import brought_at_every_call, stored_weight
 from pke_fast.ranks import ALONE, Ranks
 from pke_fast.resume import NOWHERE, Snapshot
 from pke_fast.structure import MLP, Structure, hooks, replaced_forward
-from pke_fast.tape import record
+from pke_fast.tape import Tape, record, record_whole
+
+LEAST_SEQUENCES = 32  # for which what all begin with is run by itself in the layers below
 
 Example = Sequence[tuple[Encoded, float]]
 """One request's loss: a sum of sign * (mean answer loss) over its sequences."""
@@ -104,11 +107,14 @@ def score(
         pace.resume(int(kept["tokens"]))
         waiting = [rows.tolist() for rows in kept["waiting"].split(kept["counts"].tolist())]
         advance(len(mine) - len({groups[i] for rows in waiting for i in rows}))
+    beginning = _beginning(structure, sequences, first, pad_id)
+    rests = [] if beginning is None else [s.after(beginning.batch.input_ids.shape[1]) for s in sequences]
     while waiting:
         rows = waiting[0]
         try:
             batch = make_batch(sequences, rows, pad_id, groups)
-            sums += score_batch(structure, batch, signs[list(batch.rows)], first, pace.scoring_kept)
+            rest = make_batch(rests, rows, pad_id, groups) if rests else None
+            sums += score_batch(structure, batch, signs[list(batch.rows)], first, pace.scoring_kept, rest, beginning)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -139,14 +145,33 @@ def _state(sums: Tensor, waiting: Sequence[Sequence[int]], pace: Pace) -> dict[s
     }
 
 
-def score_batch(structure: Structure, batch: Batch, signs: Tensor, first: int, kept: int | None = None) -> Tensor:
+def _beginning(structure: Structure, sequences: Sequence[Encoded], first: int, pad_id: int) -> Tape | None:
+    """What all begin with, up to the layer `first`, where it is worth finding: it takes a few runs of those layers."""
+    if len(sequences) < LEAST_SEQUENCES or any(brought_at_every_call(layer) for layer in structure.layers):
+        return None
+    return beginning_of(structure, sequences, first, pad_id)
+
+
+def score_batch(
+    structure: Structure,
+    batch: Batch,
+    signs: Tensor,
+    first: int,
+    kept: int | None = None,
+    rest: Batch | None = None,
+    beginning: Tape | None = None,
+) -> Tensor:
     """One micro-batch's sums over its requests, fp32 [3, L, D]: weight changes, paths, activations.
 
     Args:
         signs: the sign of each row's loss, fp32 [B].
         kept: as of `Tape.there_and_back`.
+        rest, beginning: as of `record_whole`; None where whole rows run in the layers below.
     """
-    tape = record(structure, batch, first)
+    if rest is None or beginning is None:
+        tape = record(structure, batch, first)
+    else:
+        tape = record_whole(structure, batch, rest, first, beginning)
     sums = torch.zeros(3, len(structure.layers), structure.neurons, device=structure.device)
     offsets = batch.group_offsets()
     counted = tape.batch.attention_mask.flatten().bool()

@@ -174,7 +174,13 @@ class Tape:
 
 @torch.no_grad()
 def record(
-    structure: Structure, batch: Batch, first: int = 0, *, begins: bool = False, after: Tape | None = None
+    structure: Structure,
+    batch: Batch,
+    first: int = 0,
+    *,
+    begins: bool = False,
+    after: Tape | None = None,
+    known: Tensor | None = None,
 ) -> Tape:
     """Runs the model's own forward up to the layer `first`, and records the calls from there on.
 
@@ -183,6 +189,7 @@ def record(
     Args:
         begins: the batch is one row, which others will go on from.
         after: what the batch's rows go on from; `first` is the same.
+        known: what enters the layer `first`, [B, T, d], where it is known: the layers below are passed over too.
     """
     batch = batch.to(structure.device)
     calls: list[Call] = []
@@ -204,11 +211,22 @@ def record(
     upper = list(structure.layers)[first:]
     with (
         hooks(*(layer.register_forward_pre_hook(keep_call, with_kwargs=True) for layer in upper)),
-        passed_over(structure, range(first, len(structure.layers))),
+        passed_over(structure, range(first if known is None else 0, len(structure.layers))),
     ):
         cached = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
         structure.base(input_ids=batch.input_ids, attention_mask=mask, **cached)
-    return Tape(structure, batch, first, calls, entered[0], prefix, after)
+    return Tape(structure, batch, first, calls, entered[0] if known is None else known, prefix, after)
+
+
+def record_whole(structure: Structure, batch: Batch, rest: Batch, first: int, beginning: Tape) -> Tape:
+    """The tape of whole rows that begin as another tape's one: the layers below `first` run on the rest of them alone.
+
+    Args:
+        rest: the batch's rows after the beginning.
+    """
+    entered = record(structure, rest, first, after=beginning).entered
+    known = torch.cat([beginning.entered.expand(len(entered), -1, -1), entered], 1)
+    return record(structure, batch, first, known=known)
 
 
 @contextmanager

@@ -11,13 +11,14 @@ import pytest
 import torch
 import transformers
 
-from pke_fast import generation
+from pke_fast import generation, scoring
 from pke_fast.batches import make_batch, packing
 from pke_fast.beginning import beginning_of
 from pke_fast.config import PKEConfig
 from pke_fast.editing import edit_columns
 from pke_fast.encoding import Encoded, PromptEncoder
 from pke_fast.generation import generate
+from pke_fast.pace import Pace
 from pke_fast.prefix import LEAST, Prefix, common
 from pke_fast.structure import find_structure
 from pke_fast.tape import record
@@ -216,3 +217,26 @@ def test_a_model_that_answers_otherwise_runs_whole(how, monkeypatch, caplog):
         assert generate(model, tokenizer, encoder, PROMPTS, max_new_tokens=4) == truth
     assert "every prompt runs whole" in caplog.text
     assert model.generation_config is own
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_the_same_and_the_layers_below_run_on_the_rest(family, alike, monkeypatch):
+    structure = find_structure(tiny_model(family).requires_grad_(False))
+    examples = [[(sequence, 1.0)] for sequence in alike(40)]
+    tokens = []
+    structure.mlps[0].module.register_forward_hook(lambda _m, _args, out: tokens.append(out.shape[:-1].numel()))
+
+    def scored(least: int):
+        monkeypatch.setattr(scoring, "LEAST_SEQUENCES", least)
+        tokens.clear()
+        found = scoring.score(structure, examples, pad_id=PAD, pace=Pace(64), first=1)
+        return found, sum(tokens)
+
+    (whole, most), (shared, few), (again, _) = scored(41), scored(40), scored(40)
+    if family not in OWN_CACHE:
+        assert few < most
+    for name in ("weight_change", "activation_path", "activation"):
+        ours, wanted = getattr(shared, name), getattr(whole, name)
+        assert float((ours - wanted).norm() / wanted.norm()) < 1e-4
+        assert torch.equal(ours, getattr(again, name))
+        assert not ours[0].any()
