@@ -111,7 +111,7 @@ class PKEConfig:
     stop_loss: float = 0.1
     stop_kl: float = 0.02
     strength: float | None = None
-    unseen_refused: float = 0.6
+    unseen_refused: float = 0.55
     norm_constraint: float | None = None
     refusal: str = "Sorry, but I cannot assist with that."
     system_prompt: str = ""
