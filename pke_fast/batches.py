@@ -90,7 +90,8 @@ def packing(sequences: Sequence[Encoded], tokens: int, groups: Sequence[int] | N
     order = sorted(members, key=lambda g: (-longest[g], g))
     cheapest = [(0, 0)]  # of the last groups, by their number: what they cost, and how many are the first batch
     for first in reversed(range(len(order))):
-        costs, rows = [], 0
+        costs: list[tuple[int, int]] = []
+        rows = 0
         for end in range(first + 1, len(order) + 1):
             rows += len(members[order[end - 1]])
             taken = rows * longest[order[first]]

@@ -157,8 +157,11 @@ class Plan:
         return 0 if self.budget is None else self.budget - self.fixed
 
     def at_once(self, most: int) -> int:
-        """Of so many tokens, how many may be in flight while the model answers prompts."""
-        return min(most, self.room // self.answering) if self.budget and self.answering else most
+        """Of so many tokens, how many may be in flight while the model answers prompts.
+
+        They take no more memory than locating or editing does, so that the peak is theirs.
+        """
+        return min(most, max(self.locating, self.editing) // self.answering) if self.answering else most
 
     def pace(self) -> Pace:
         return Pace(self.tokens, self.scoring_kept, self.editing_kept)
