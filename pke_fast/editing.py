@@ -25,7 +25,7 @@ from pke_fast.objective import answer_loss, locality_loss
 from pke_fast.pace import Pace, is_out_of_memory
 from pke_fast.ranks import ALONE, Ranks
 from pke_fast.resume import NOWHERE, Snapshot
-from pke_fast.strength import STRENGTHS, beginnings, begun, least
+from pke_fast.strength import STRENGTHS, answers_begun, beginnings, least
 from pke_fast.structure import Structure
 from pke_fast.tape import Tape, record
 
@@ -341,7 +341,7 @@ class Trainer:
         def count() -> None:
             found.zero_()
             for batch in pack(waiting, self.pace.tokens, self._pad_id):
-                found.add_(begun(self.structure, self.columns, batch))
+                found.add_(answers_begun(self.structure, self.columns, batch))
 
         self._slower_if_it_must(count, "finding the strength")
         advance(len(waiting))

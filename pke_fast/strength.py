@@ -29,7 +29,7 @@ def beginnings(sequences: Sequence[Encoded]) -> list[Encoded]:
 
 
 @torch.no_grad()
-def begun(structure: Structure, columns: Sequence[Columns], batch: Batch) -> Tensor:
+def answers_begun(structure: Structure, columns: Sequence[Columns], batch: Batch) -> Tensor:
     """In how many rows the answer's first token is likely, at each of STRENGTHS: fp32 [S] on the head's device.
 
     The columns are left at the last of them.

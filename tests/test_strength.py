@@ -17,7 +17,7 @@ from pke_fast.kinds import PROJECTIONS
 from pke_fast.preparation import MOST_UNSEEN, prepare
 from pke_fast.requests import EditRequest
 from pke_fast.stages import Stages
-from pke_fast.strength import LIKELY, STRENGTHS, beginnings, begun, least
+from pke_fast.strength import LIKELY, STRENGTHS, answers_begun, beginnings, least
 from pke_fast.structure import find_structure
 from pke_fast.testing import NEURONS, tiny_model, tiny_tokenizer
 from pke_fast.workbench import workbench
@@ -44,7 +44,7 @@ def test_counts_are_those_of_whole_forwards(sequences, monkeypatch) -> None:
         column.master += 0.4 * torch.randn(column.master.shape, generator=torch.Generator().manual_seed(column.layer))
     unseen = beginnings(sequences(12))
     (batch,) = pack(unseen, 10_000, PAD)
-    found = begun(structure, columns, batch)
+    found = answers_begun(structure, columns, batch)
     wanted = []
     for factor in STRENGTHS:
         for column in columns:
