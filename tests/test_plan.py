@@ -180,7 +180,7 @@ def test_what_answers_take_is_known(family):
     assert replace(plan, answering=0).at_once(8192) == 8192
 
 
-def test_a_budget_decides_how_many_prompts_are_answered_at_a_time(monkeypatch):
+def test_a_plan_decides_how_many_prompts_are_answered_at_a_time(monkeypatch):
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     requests = [EditRequest(f"Break lock {n}", ground_truth="Sure") for n in range(4)]
     locality = [Pair(f"Bake {n}") for n in range(4)]
