@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ TOKENS = tuple(2**i for i in range(7, 16))
 REQUESTS = tuple(2**i for i in range(10))
 TARGET, MOST_KL, MOST_STEPS = 0.1, 0.5, 60
 WHOLE_SIZES = (512, 2048)  # tokens in flight of whole jobs, beside SAME
+WHOLE_SCORED = 16  # requests, and pairs, that locating is given in the end, of 64 each
 K = 1000
 
 
@@ -54,13 +55,16 @@ class Grid:
     rounds: int
     limit: int
     smallest: bool
-    tokens: tuple[int, ...] = ()
+    at: tuple[int, ...] = ()
+    tools: tuple[str, ...] = tuple(TRACERS | EDITORS)
 
     def out(self, text: str) -> None:
         print(text, flush=True)
 
     def sizes(self, values: tuple[int, ...]) -> tuple[int, ...]:
-        return values[:1] if self.smallest else values
+        """Those of a suite's values that are asked for."""
+        asked = tuple(value for value in values if not self.at or value in self.at)
+        return asked[:1] if self.smallest else asked
 
     def key(self, suite: str, provider: str, mode: str, metric: str, x_name: str, x: Any) -> dict[str, Any]:
         on = {"model": self.model, "dtype": self.dtype, "device": self.device}
@@ -92,7 +96,7 @@ class Grid:
 
     @property
     def tracers(self) -> list[str]:
-        return [name for name, provider in TRACERS.items() if not provider.missing]
+        return [name for name, provider in TRACERS.items() if not provider.missing and name in self.tools]
 
 
 def trace_cases(
@@ -170,8 +174,7 @@ def tokens(grid: Grid) -> None:
     for mode, sizes in modes.items():
         if not sizes:
             grid.out(f"tokens, {mode}: left out, the suite micro-batch wasn't run into this file")
-        xs = grid.sizes(grid.tokens or TOKENS)
-        trace_cases(grid, "tokens", mode, "tokens", ((x, sizes, drawn(x)) for x in xs if sizes))
+        trace_cases(grid, "tokens", mode, "tokens", ((x, sizes, drawn(x)) for x in grid.sizes(TOKENS) if sizes))
 
 
 def requests(grid: Grid) -> None:
@@ -186,7 +189,7 @@ def size(grid: Grid) -> None:
         if weights_bytes(name, grid.dtype) > grid.limit or grid.smallest:
             grid.out(f"size, {name}: left out, its weights exceed the memory limit")
             continue
-        on = Grid(grid.figures, name, grid.dtype, grid.device, 1, grid.limit, False)
+        on = replace(grid, model=name, rounds=1)
         at_most = dict.fromkeys((name for name in ("pke_fast", "hooks") if name in grid.tracers), LENGTH)
         weights = weights_bytes(name, grid.dtype)
         trace_cases(on, "size", f"{LENGTH} tokens", "weights_bytes", iter([(weights, at_most, drawn(LENGTH))]))
@@ -213,24 +216,34 @@ def step_cases(grid: Grid, mode: str, share: float, micro_batch: int, kept: floa
 
 
 def whole(grid: Grid) -> None:
-    """Each tool at each learning rate of its grid and one micro-batch; at the best of them, at other micro-batches.
+    """Each tool at each learning rate of its grid and one micro-batch; at the best of them, at other micro-batches, and
+    locating by fewer requests and pairs.
 
     The curves are kept, so that another target can be asked later.
     """
     for provider, tool in EDITORS.items():
+        if provider not in grid.tools:
+            continue
         rates = tool.load().LRS[: 1 if grid.smallest else None]
         for lr in rates:
             whole_case(grid, provider, lr, f"lr {lr:g}", SAME)
         taken = {lr: whole_seconds(grid, provider, f"lr {lr:g}") for lr in rates}
         best_lr = min(rates, key=taken.__getitem__)
-        for size in () if grid.smallest or taken[best_lr] == float("inf") else WHOLE_SIZES:
-            whole_case(grid, provider, best_lr, f"lr {best_lr:g}, {size:,} at once", size)
+        if not grid.smallest and taken[best_lr] < float("inf"):
+            for size in WHOLE_SIZES:
+                whole_case(grid, provider, best_lr, f"lr {best_lr:g}, {size:,} at once", size)
+            if tool.locates:
+                for size in (SAME, *WHOLE_SIZES):
+                    mode = f"lr {best_lr:g}, {size:,} at once, located by {WHOLE_SCORED}"
+                    whole_case(grid, provider, best_lr, mode, size, WHOLE_SCORED)
         at = grid.key("whole", provider, "two steps", "peak_bytes", "target", TARGET)
         grid.add_peak(at, "whole_peak", lr=rates[0], **whole_job(grid, SAME))
 
 
-def whole_job(grid: Grid, tokens: int) -> dict[str, Any]:
+def whole_job(grid: Grid, tokens: int, scored: int | None = None) -> dict[str, Any]:
     settings: dict[str, Any] = {"k": 20 if grid.smallest else K, "micro_batch_tokens": tokens}
+    if scored:
+        settings |= {"score_requests": scored, "score_pairs": scored}
     return {"requests": 4 if grid.smallest else 64, "held_out": 4 if grid.smallest else 16, "settings": settings}
 
 
@@ -240,12 +253,12 @@ def whole_seconds(grid: Grid, provider: str, mode: str) -> float:
     return figure(grid, at) if grid.figures.has(**at) else float("inf")
 
 
-def whole_case(grid: Grid, provider: str, lr: float, mode: str, tokens: int) -> None:
+def whole_case(grid: Grid, provider: str, lr: float, mode: str, tokens: int, scored: int | None = None) -> None:
     at = grid.key("whole", provider, mode, "steps", "target", TARGET)
     if grid.figures.has(**at):
         return
     limits = {"target": TARGET, "most_kl": MOST_KL, "most_steps": 2 if grid.smallest else MOST_STEPS}
-    found = grid.fresh("whole", tight=False, provider=provider, lr=lr, **limits, **whole_job(grid, tokens))
+    found = grid.fresh("whole", tight=False, provider=provider, lr=lr, **limits, **whole_job(grid, tokens, scored))
     for number, seconds, loss, kl in found["curve"]:
         point = grid.key("whole", provider, mode, "", "step", number)
         values = {"seconds_to_step": seconds, "held_out_loss": loss, "held_out_kl": kl}
@@ -267,7 +280,8 @@ def main() -> int:
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory-limit", default="16GiB", help="over the weights; for `size`, the weights too")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[], help="for the suite tokens (default: 128 to 32k)")
+    parser.add_argument("--at", nargs="+", type=int, default=[], help="these of the tokens, requests or micro-batches")
+    parser.add_argument("--tools", nargs="+", choices=[*(TRACERS | EDITORS)], default=[*(TRACERS | EDITORS)])
     parser.add_argument("--smallest", action="store_true", help="each suite at its least size")
     parser.add_argument("--out", type=Path, help="the file (default: benchmarks/results/tools-HARDWARE.csv)")
     options = parser.parse_args()
@@ -277,7 +291,7 @@ def main() -> int:
     grid = Grid(
         Figures(path, device), options.model, options.dtype, options.device, options.rounds, limit, options.smallest
     )
-    grid.tokens = tuple(sorted(options.tokens))
+    grid.at, grid.tools = tuple(options.at), tuple(options.tools)
     for name, provider in TRACERS.items():
         if provider.missing:
             grid.out(f"{name}: skipped, {provider.missing}")

@@ -157,6 +157,15 @@ def test_tokens_without_a_chosen_micro_batch(tmp_path, monkeypatch) -> None:
     assert "micro-batch wasn't run" in said[0]
 
 
+def test_only_the_asked_sizes_and_tools_are_measured(tmp_path, monkeypatch) -> None:
+    on = grid.Grid(Figures(tmp_path / "none.csv", torch.device("cpu")), "m", "fp32", "cpu", 1, 2**30, False)
+    on.at, on.tools = (16, 512, 7), ("pke_fast",)
+    asked = []
+    monkeypatch.setattr(grid, "trace_cases", lambda _grid, _suite, _mode, _name, xs: asked.extend(xs))
+    grid.requests(on)
+    assert [(x, list(tools)) for x, tools, _ in asked] == [(16, ["pke_fast"]), (512, ["pke_fast"])]
+
+
 def test_what_would_exceed_the_limit_takes_no_part(tmp_path, monkeypatch) -> None:
     asked = []
 

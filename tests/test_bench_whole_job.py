@@ -49,6 +49,14 @@ def test_every_editor_lowers_the_held_out_loss(provider: str, job) -> None:
     assert not any(mlp.down._forward_hooks for mlp in job.structure.mlps)
 
 
+def test_locating_is_given_as_many_as_the_settings_say_evenly_spread(job) -> None:
+    assert job.scored == (job.requests, job.locality)
+    fewer = dataclasses.replace(job, config=job.config.replace(score_requests=4, score_pairs=2))
+    requests, pairs = fewer.scored
+    assert requests == [job.requests[number] for number in (0, 2, 4)]
+    assert pairs == [job.locality[number] for number in range(0, len(job.locality), 3)]
+
+
 def test_dense_adam_does_what_pke_fast_does(job) -> None:
     """The same neurons are located by other means, and the same steps made."""
     curves = []

@@ -16,10 +16,12 @@ class Provider:
     Attributes:
         module: the file in this folder.
         package: the distribution that it needs; empty where pke_fast's own needs are enough.
+        locates: whether its whole job locates neurons by requests and pairs.
     """
 
     module: str
     package: str = ""
+    locates: bool = False
 
     @property
     def missing(self) -> str:
@@ -46,8 +48,8 @@ TRACERS = {
     "pyvene": Provider("by_pyvene", "pyvene"),
 }
 EDITORS = {
-    "pke_fast": Provider("by_pke_fast"),
+    "pke_fast": Provider("by_pke_fast", locates=True),
     "DINM": Provider("by_dinm"),
-    "dense masked Adam": Provider("by_dense_adam"),
+    "dense masked Adam": Provider("by_dense_adam", locates=True),
     "LoRA": Provider("by_lora"),
 }

@@ -18,8 +18,8 @@ LRS = (1e-3, 2e-3, 4e-3, 8e-3)
 
 def edit(job: Job, lr: float, after: Callable[[int], None]) -> None:
     structure, config = job.structure, job.config
-    benign = _scores(job, job.locality[: config.score_pairs])
-    hot_spots = pke_fast.select(_scores(job, job.requests), benign, k=config.k, window=config.window)
+    scores, benign = (_scores(job, sequences) for sequences in job.scored)
+    hot_spots = pke_fast.select(scores, benign, k=config.k, window=config.window)
     loss = PlainLoss(structure, job.requests, job.locality, config, pad_id=job.pad_id)
     adam = DenseAdam(structure, hot_spots.by_layer(), lr)
     try:

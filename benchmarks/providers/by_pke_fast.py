@@ -18,8 +18,7 @@ def edit(job: Job, lr: float, after: Callable[[int], None]) -> None:
     """Trace, select, update."""
     config, model = job.config, job.structure.model
     tracing = {"first": job.layers.start, "micro_batch_tokens": config.micro_batch_tokens}
-    scores = pke_fast.trace(model, job.requests, **tracing)
-    benign = pke_fast.trace(model, job.locality[: config.score_pairs], **tracing)
+    scores, benign = (pke_fast.trace(model, sequences, **tracing) for sequences in job.scored)
     hot_spots = pke_fast.select(scores, benign, k=config.k, window=config.window)
     settings = {**config.as_dict(), "lr": lr, "num_steps": 10_000, "stop_loss": 0.0}
     pke_fast.update(model, hot_spots, job.requests, job.locality, advance=after, **settings)

@@ -50,6 +50,16 @@ class Job:
         """The layers of the window."""
         return range(*self.config.layer_window(len(self.structure.layers)))
 
+    @property
+    def scored(self) -> tuple[list[Encoded], list[Encoded]]:
+        """What neurons are located by: `score_requests` of the requests, `score_pairs` of the pairs, evenly spread."""
+        return spread(self.requests, self.config.score_requests), spread(self.locality, self.config.score_pairs)
+
+
+def spread(sequences: list[Encoded], most: int) -> list[Encoded]:
+    """At most so many of them, at even distances: the shipped prompts are in order of their kinds."""
+    return sequences[:: max(1, -(-len(sequences) // most))]
+
 
 class HeldOut:
     """Mean cross-entropy of the safe answer on prompts that aren't edited on, every token alike; and the mean KL to the
