@@ -97,7 +97,7 @@ class PKEConfig:
     score_requests: int = 256
     score_pairs: int = 128
     companions: int = 256
-    shipped_pairs: int = 1800
+    shipped_pairs: int = 1700
     framed: float = 0.1
     detectors: bool = True
     num_steps: int = 40
