@@ -1,6 +1,6 @@
-"""What a plan foretells against what the job takes: peak memory of an edit of the embedded model, a process a case.
+"""What a plan foretells against what the job takes: memory and time of an edit of the embedded model, a process a case.
 
-The peak in all has to agree within 15 %, and to stay within the budget; what it is made of is noted.
+The peak in all has to agree within 15 %, and to stay within the budget; what it is made of and the time are noted.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from pke_fast import shipped
+from pke_fast.editing import STEPS
+from pke_fast.locating import SCORING
 
 CASES = {
     "as it comes": [],
@@ -24,6 +26,7 @@ CASES = {
 }
 FEW, MANY = 32, 256  # requests, and pairs
 WITHIN = 0.15
+TIMED = {"locating": (SCORING, "Scoring the benign pairs"), "editing": ("Running the layers below, once", STEPS)}
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +47,19 @@ def files(tmp_path_factory: Any) -> Path:
 def bench_plan_agrees_with_the_job(benchmark: Any, case: str, files: Path) -> None:
     count = MANY if case.startswith(str(MANY)) else FEW
     requests, benign = (files / f"{name}-{count}.jsonl" for name in ("requests", "benign"))
-    given = ["--requests", requests, "--locality", benign, "--out", files / "out"]
-    command = [sys.executable, "-m", "pke_fast", "edit", "--model", "smollm2", "--force", "--json", *given]
-    command += ["--set", "num_steps=3", *CASES[case]]
+    job = ["--model", "smollm2", "--requests", requests, "--locality", benign, "--json"]
+    job += ["--set", "num_steps=3", *CASES[case]]
     ours = ("MALLOC_", "OMP_")  # the allocator as users have it: what it keeps of freed memory counts
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
 
-    def run() -> dict[str, Any]:
-        done = subprocess.run([str(part) for part in command], env=environment, check=True, capture_output=True)
-        plan: dict[str, Any] = json.loads(done.stdout)["plan"]
-        return plan
+    def run(command: str, *more: object) -> dict[str, Any]:
+        words = [sys.executable, "-m", "pke_fast", command, *map(str, [*job, *more])]
+        done = subprocess.run(words, env=environment, check=True, capture_output=True)
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
 
-    plan = benchmark.pedantic(run, rounds=1)
+    report = benchmark.pedantic(run, args=("edit", "--force", "--out", files / "out"), rounds=1)
+    plan = report["plan"]
     sizes, measured = plan["bytes"], plan["measured"]
     peak = measured["peak"]
     assert abs(peak / sizes["peak"] - 1) <= WITHIN
@@ -63,5 +67,9 @@ def bench_plan_agrees_with_the_job(benchmark: Any, case: str, files: Path) -> No
     for name in ("locating", "editing"):
         benchmark.extra_info[f"{name}: foretold MiB"] = sizes[name] / 2**20
         benchmark.extra_info[f"{name}: measured MiB"] = measured[name] / 2**20
+    foretold, taken = run("plan")["seconds"], {stage["name"]: stage["seconds"] for stage in report["stages"]}
+    for name, stages in TIMED.items():
+        benchmark.extra_info[f"{name}: foretold s"] = foretold[name]
+        benchmark.extra_info[f"{name}: measured s"] = sum(taken[stage] for stage in stages)
     benchmark.extra_info["peak in all: foretold MiB"] = sizes["peak"] / 2**20
     benchmark.extra_info["peak in all: measured MiB"] = peak / 2**20

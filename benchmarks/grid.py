@@ -57,6 +57,7 @@ class Grid:
     smallest: bool
     at: tuple[int, ...] = ()
     tools: tuple[str, ...] = tuple(TRACERS | EDITORS)
+    models: tuple[str, ...] = tuple(SIZES)
 
     def out(self, text: str) -> None:
         print(text, flush=True)
@@ -185,7 +186,7 @@ def requests(grid: Grid) -> None:
 
 def size(grid: Grid) -> None:
     """Random weights at real sizes, the smallest first; those that don't fit are left out."""
-    for name in sorted(SIZES, key=lambda name: weights_bytes(name, grid.dtype)):
+    for name in sorted(grid.models, key=lambda name: weights_bytes(name, grid.dtype)):
         if weights_bytes(name, grid.dtype) > grid.limit or grid.smallest:
             grid.out(f"size, {name}: left out, its weights exceed the memory limit")
             continue
@@ -281,6 +282,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory-limit", default="16GiB", help="over the weights; for `size`, the weights too")
     parser.add_argument("--at", nargs="+", type=int, default=[], help="these of the tokens, requests or micro-batches")
+    parser.add_argument("--sizes", nargs="+", choices=[*SIZES], default=[*SIZES], help="models of the suite size")
     parser.add_argument("--tools", nargs="+", choices=[*(TRACERS | EDITORS)], default=[*(TRACERS | EDITORS)])
     parser.add_argument("--smallest", action="store_true", help="each suite at its least size")
     parser.add_argument("--out", type=Path, help="the file (default: benchmarks/results/tools-HARDWARE.csv)")
@@ -291,7 +293,7 @@ def main() -> int:
     grid = Grid(
         Figures(path, device), options.model, options.dtype, options.device, options.rounds, limit, options.smallest
     )
-    grid.at, grid.tools = tuple(options.at), tuple(options.tools)
+    grid.at, grid.tools, grid.models = tuple(options.at), tuple(options.tools), tuple(options.sizes)
     for name, provider in TRACERS.items():
         if provider.missing:
             grid.out(f"{name}: skipped, {provider.missing}")

@@ -99,7 +99,7 @@ class Plan:
             unedited model's last states too.
         columns: the hot spots: old values, masters, gradient, two moments.
         step: what an edit step takes besides.
-        scoring_flops, editing_flops: floating-point operations of the layers in all.
+        scoring_flops, editing_flops: floating-point operations of the layers and the logits in all.
         offloaded: weights besides that come to the device when they are used.
         layers_offloaded, pinned: how many of the lowest layers those are, and how many of them, the uppermost, wait in
             pinned memory; the others wait where they are, in the host's memory or their mapped file.

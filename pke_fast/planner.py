@@ -23,7 +23,7 @@ from pke_fast.pace import LEAST_TOKENS, Pace
 from pke_fast.plan import ALL_THERE, Load, Plan, Residence
 from pke_fast.prefix import Prefix
 from pke_fast.rehearsal import Twin
-from pke_fast.scoring import score_batch
+from pke_fast.scoring import LEAST_SEQUENCES, score_batch
 from pke_fast.staging import staging_bytes
 from pke_fast.structure import Structure
 from pke_fast.tape import Tape, record
@@ -221,16 +221,21 @@ class Planner:
         values = (config.k if pke else self._neurons) * structure.hidden_size * len(kinds)
         columns = values * (4 * FP32 + item) if edits else 0  # old values, in fp32 too, masters, two moments
         forward = 2 * self._twin.layer_weights / item  # flops of a token in a layer
-        there = self._first + 3 * self._scored - scoring_kept
+        there = 3 * self._scored - scoring_kept
         away = sum(self._sizes[: self._offloaded])
         staging = staging_bytes(structure.layers) if away else self._twin.layer_weights * bool(self._residence.away)
         minibatch = config.batch_size, config.locality_batch_size * bool(load.locality)
         sequences = max(1, load.requests + load.locality)
         step = sum(minibatch) * self._rest.tokens / sequences + self._begun * self._tapes(tokens, *minibatch)
         below, stepped = self._rest.tokens * self._window[0], config.num_steps * step
-        sampled = min(load.requests, config.score_requests) + min(load.locality, config.score_pairs)
-        scored = sampled * load.tokens / sequences
-        editing = forward * (below + stepped * (3 * self._edited - editing_kept))
+        requests, pairs = min(load.requests, config.score_requests), min(load.locality, config.score_pairs)
+        scored, shared = (requests + pairs) * load.tokens / sequences, self._shared(requests, pairs)
+        held = self._rest.tokens * load.locality / sequences * self._edited  # the unedited model's last states
+        answers = load.answer * minibatch[0] + load.held / max(1, load.locality) * minibatch[1]
+        editing = forward * (below + held + stepped * (3 * self._edited - editing_kept))
+        editing += 2 * self._head * config.num_steps * answers
+        scoring = forward * (scored * there + (scored - shared) * self._first)
+        scoring += 2 * self._head * load.answer * (requests + pairs)
         return Plan(
             budget,
             len(structure.layers),
@@ -245,7 +250,7 @@ class Planner:
             self._cache() if edits else 0,
             columns,
             max(0, self._peak("editing", tokens, editing_kept) - columns) if edits else 0,  # they are rehearsed with it
-            forward * scored * there if pke else 0.0,
+            scoring if pke else 0.0,
             editing if edits else 0.0,
             away + self._residence.away,
             self._offloaded,
@@ -255,6 +260,15 @@ class Planner:
             self._watched(),
             self._answering(),
         )
+
+    @property
+    def _head(self) -> int:
+        """Flops of a position's logits."""
+        return 2 * self._twin.structure.head.weight.numel()
+
+    def _shared(self, requests: int, pairs: int) -> int:
+        """Tokens that locating needn't run in the layers below its window: what all sequences of a side begin with."""
+        return self._begun * sum(count for count in (requests, pairs) if count >= LEAST_SEQUENCES)
 
     def _cache(self) -> int:
         """What is kept of all sequences, by what a micro-batch of their mean length keeps."""

@@ -22,6 +22,7 @@ from pke_fast.stages import PeakMemory
 
 T = TypeVar("T")
 SHOWN = 2000  # characters of what a failed process said
+RETURNED = 2**16  # bytes of a block from which on it is returned at once, where memory is measured
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def in_fresh_process(function: str, *, beside: Path | None = None, tight: bool =
     """
     environment = dict(os.environ)
     if tight:  # glibc keeps what is freed for later; told to return it, resident memory is what is in use
-        environment["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
+        environment["MALLOC_MMAP_THRESHOLD_"] = str(RETURNED)
     if beside is not None:
         paths = [str(beside), *filter(None, [environment.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
