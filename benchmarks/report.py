@@ -22,6 +22,7 @@ from pke_fast.errors import InputError
 BEGIN, END = "<!-- benchmarks/report.py: begin -->", "<!-- benchmarks/report.py: end -->"
 OURS, HOOKS = "pke_fast", "hooks"
 SHARES = {0.5: "half", 0.2: "a fifth"}  # of the memory that hooks take, in which pke_fast's time is told
+GROWING = ("tokens", "requests")  # suites whose largest size stands in the table
 Rows = list[dict[str, str]]
 
 
@@ -76,15 +77,17 @@ Job = tuple[str, list[Figure]]
 
 
 def _jobs(rows: Rows) -> list[Job]:
-    """Tracing at the largest size that every tool has, and every window's step."""
+    """Tracing at the largest size that every tool has, by tokens and requests; every model's; every window's step."""
     cases = []
-    for mode in distinct((row for row in rows if row["suite"] == "tokens"), "mode"):
-        of = [row for row in rows if row["suite"] == "tokens" and row["mode"] == mode and row["metric"] == "seconds"]
+    for suite, mode in dict.fromkeys((row["suite"], row["mode"]) for row in rows if row["suite"] in GROWING):
+        of = [row for row in rows if (row["suite"], row["mode"], row["metric"]) == (suite, mode, "seconds")]
         everyone = set(distinct(of, "provider"))
         shared = [x for x in distinct(of, "x") if {row["provider"] for row in of if row["x"] == x} == everyone]
         if shared:
             x = max(shared, key=int)
-            cases.append((f"trace and score {int(x):,} tokens, {mode}", "tokens", mode, x))
+            cases.append((f"trace and score {int(x):,} {suite}, {mode}", suite, mode, x))
+    for model, mode, x in dict.fromkeys((r["model"], r["mode"], r["x"]) for r in rows if r["suite"] == "size"):
+        cases.append((f"trace and score {mode}, {model} with random weights", "size", mode, x))
     for mode in distinct((row for row in rows if row["suite"] == "step"), "mode"):
         x = next(row["x"] for row in rows if row["suite"] == "step" and row["mode"] == mode)
         cases.append((f"an edit step, hot spots in the {mode}", "step", mode, x))

@@ -94,7 +94,8 @@ def row(
     provider: str, metric: str, median: object, *, suite: str = "whole", mode: str = "lr 0.1", at: str = ""
 ) -> dict[str, str]:
     made = dict.fromkeys(LONG, "")
-    x = {"whole": ("target", "0.1"), "step": ("layers_from", "0.9"), "micro-batch": ("micro_batch_tokens", at)}[suite]
+    x = {"whole": ("target", "0.1"), "step": ("layers_from", "0.9"), "micro-batch": ("micro_batch_tokens", at),
+         "requests": ("requests", at), "size": ("weights_bytes", at)}[suite]  # fmt: skip
     return {**made, "suite": suite, "provider": provider, "metric": metric, "mode": mode, "median": str(median),
             "x_name": x[0], "x": x[1]}  # fmt: skip
 
@@ -117,6 +118,19 @@ def test_ratios_and_the_best_learning_rate() -> None:
         f"| {step} | 1 s, 1 MiB | dense masked Adam: 4 s, 16 MiB | 0.25, 0.06 |",
         f"| {whole} | lr 0.2, 3 s | LoRA: lr 0.1, 12 s | 0.25 |",
         f"| {whole} | lr 0.2, 3 s | DINM: not reached |  |",
+    ]
+
+
+def test_the_largest_size_that_all_have_and_every_model() -> None:
+    rows = [row("pke_fast", "seconds", 3.0, suite="requests", mode="prompts", at=size) for size in ("16", "512", "128")]
+    rows += [row("hooks", "seconds", 4.0, suite="requests", mode="prompts", at=size) for size in ("128", "16")]
+    for size, model in (("2", "small"), ("7", "large")):
+        for provider, seconds in (("pke_fast", 1.0), ("hooks", 2.0)):
+            rows.append(row(provider, "seconds", seconds, suite="size", mode="9 tokens", at=size) | {"model": model})
+    assert report.table(rows).splitlines()[2:5] == [
+        "| trace and score 128 requests, prompts | 3 s | hooks: 4 s | 0.75 |",
+        "| trace and score 9 tokens, small with random weights | 1 s | hooks: 2 s | 0.50 |",
+        "| trace and score 9 tokens, large with random weights | 1 s | hooks: 2 s | 0.50 |",
     ]
 
 
