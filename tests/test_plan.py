@@ -116,7 +116,7 @@ def test_a_rehearsed_batch_takes_what_the_real_one_takes(family, kept, monkeypat
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_all_begin_with_counts_once_in_an_edit(family):
-    """Its sequences then take less of the cache and of the time; scoring takes as much memory, and less time of many."""
+    """Its sequences then take less of the cache and of the time; scoring takes less time where it is given many."""
     twin = twin_of(tiny_model(family), torch.float32)
     whole, begun = (Planner(twin, CONFIG, replace(load_of(), begun=n)).plan(None) for n in (0, LONG // 2))
     if family in OWN_CACHE:
