@@ -24,6 +24,8 @@ from pke_fast.structure import Structure
 LOG = logging.getLogger(__name__)
 PLANNING = "Planning"  # the stage after which a job keeps its plan
 RESIDENT = 0.7  # of what is free: a model that takes no more is loaded on the device, with room for the work beside it
+# Of the rate of one product alone, what a job reaches: measured on a CPU (measured.md), and what is aimed at on a GPU.
+REACHED = {"cpu": 0.5, "cuda": 0.45}
 COPIED = 2**26  # bytes by which a copy's rate is measured
 PINNED = 0.5  # of what the host has free: pinned memory can't be swapped out, and torch takes powers of two of it
 

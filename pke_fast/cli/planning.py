@@ -11,7 +11,7 @@ from pke_fast.encoding import PromptEncoder
 from pke_fast.loading import context_length, load_outline
 from pke_fast.plan import Load
 from pke_fast.planner import Planner
-from pke_fast.planning import copy_rate, matmul_rate, offloading, waits_on_host
+from pke_fast.planning import REACHED, copy_rate, matmul_rate, offloading, waits_on_host
 from pke_fast.preparation import lengths
 from pke_fast.rehearsal import twin_of_config
 from pke_fast.requests import read_pairs, read_requests
@@ -38,9 +38,10 @@ def plan(options: Namespace) -> None:
         made = Planner(twin, config, load, outline.device, **job).plan(budget)
     found = made.as_dict()
     rate = matmul_rate(outline.device, outline.dtype, twin.structure.hidden_size, twin.structure.neurons)
+    reached = rate * REACHED["cuda" if outline.device.startswith("cuda") else "cpu"]
     found["seconds"] = {
-        "locating": made.scoring_flops / rate,
-        "editing": made.editing_flops / rate,
+        "locating": made.scoring_flops / reached,
+        "editing": made.editing_flops / reached,
         "measured matmul rate, flop/s": rate,
     }
     if made.brought:
