@@ -9,7 +9,7 @@ import torch
 
 from pke_fast.bench import cases, short
 from pke_fast.bench.cases import check_equal, check_equal_steps
-from pke_fast.bench.measuring import Spread, in_fresh_process, in_turns
+from pke_fast.bench.measuring import RETURNED, Spread, in_fresh_process, in_turns
 from pke_fast.bench.subjects import loaded_subject, spread_neurons
 from pke_fast.cli import main
 from pke_fast.config import PKEConfig
@@ -97,6 +97,6 @@ def test_a_process_of_its_own(tmp_path) -> None:
         "    return {'x': x, 'tight': os.environ.get('MALLOC_MMAP_THRESHOLD_'), 'pid': os.getpid()}\n"
     )
     found = in_fresh_process("one_case:case", beside=tmp_path, x=[1, "a"])
-    assert (found["x"], found["tight"]) == ([1, "a"], str(2**20))
+    assert (found["x"], found["tight"]) == ([1, "a"], str(RETURNED))
     with pytest.raises(PKEError, match="no such case"):
         in_fresh_process("one_case:case", beside=tmp_path, x=1, fail=True)
