@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,15 +37,10 @@ def bench_fewer_requests(benchmark: Any, count: int, job: Job, of_all: dict[int,
 
 def _located(job: Job, count: int) -> dict[int, set[tuple[int, int]]]:
     """(layer, neuron) of the hot spots, by how many are selected."""
-    scores, benign = (
-        pke_fast.trace(
-            job.structure.model,
-            sequences[:: ALL // count],
-            first=job.layers.start,
-            micro_batch_tokens=job.config.micro_batch_tokens,
-        )
-        for sequences in (job.requests, job.locality)
-    )
+    config = job.config.replace(score_requests=count, score_pairs=count)
+    tracing = {"first": job.layers.start, "micro_batch_tokens": config.micro_batch_tokens}
+    sides = replace(job, config=config).scored
+    scores, benign = (pke_fast.trace(job.structure.model, sequences, **tracing) for sequences in sides)
     return {k: _neurons(pke_fast.select(scores, benign, k=k, window=job.config.window)) for k in SELECTED}
 
 

@@ -283,7 +283,9 @@ def main() -> int:
     parser.add_argument("--memory-limit", default="16GiB", help="over the weights; for `size`, the weights too")
     parser.add_argument("--at", nargs="+", type=int, default=[], help="these of the tokens, requests or micro-batches")
     parser.add_argument("--sizes", nargs="+", choices=[*SIZES], default=[*SIZES], help="models of the suite size")
-    parser.add_argument("--tools", nargs="+", choices=[*(TRACERS | EDITORS)], default=[*(TRACERS | EDITORS)])
+    parser.add_argument(
+        "--tools", nargs="+", choices=[*(TRACERS | EDITORS)], default=[*(TRACERS | EDITORS)], help="but for steps"
+    )
     parser.add_argument("--smallest", action="store_true", help="each suite at its least size")
     parser.add_argument("--out", type=Path, help="the file (default: benchmarks/results/tools-HARDWARE.csv)")
     options = parser.parse_args()

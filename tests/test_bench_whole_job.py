@@ -53,8 +53,8 @@ def test_locating_is_given_as_many_as_the_settings_say_evenly_spread(job) -> Non
     assert job.scored == (job.requests, job.locality)
     fewer = dataclasses.replace(job, config=job.config.replace(score_requests=4, score_pairs=2))
     requests, pairs = fewer.scored
-    assert requests == [job.requests[number] for number in (0, 2, 4)]
-    assert pairs == [job.locality[number] for number in range(0, len(job.locality), 3)]
+    assert requests == [job.requests[number] for number in (0, 1, 3, 4)]
+    assert pairs == [job.locality[number] for number in (0, len(job.locality) // 2)]
 
 
 def test_dense_adam_does_what_pke_fast_does(job) -> None:

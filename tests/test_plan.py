@@ -256,6 +256,14 @@ def test_the_columns_of_every_edited_projection_count():
     assert sizes[1].columns == 3 * sizes[0].columns
 
 
+def test_logits_of_held_tokens_take_time_in_every_step():
+    twin = twin_of(tiny_model("llama"), torch.float32)
+    none, two = (Planner(twin, CONFIG, replace(load_of(), held=held)).plan(None) for held in (0, 24))  # 12 pairs
+    positions = 2 * CONFIG.locality_batch_size * CONFIG.num_steps
+    logits = 2 * twin.structure.head.weight.numel()
+    assert two.editing_flops - none.editing_flops == pytest.approx(2 * logits * positions)  # there and back
+
+
 def test_a_sample_that_scores_takes_less_time():
     twin = twin_of(tiny_model("llama"), torch.float32)
     whole, half = (
@@ -433,6 +441,16 @@ def test_the_plan_told_before_is_the_reports(command, files, capsys):
     assert set(taken) == {"locating", "editing", "peak"}
     if sys.platform == "linux":
         assert taken["peak"] >= told["bytes"]["weights"] + max(taken["locating"], taken["editing"] or 0) > 0
+
+
+def test_time_is_told_by_what_jobs_reach_of_a_products_rate(files, capsys, monkeypatch):
+    made, plan = [], Planner.plan
+    monkeypatch.setattr(Planner, "plan", lambda self, budget: made.append(plan(self, budget)) or made[-1])
+    monkeypatch.setattr("pke_fast.cli.planning.matmul_rate", lambda *_on: 1e6)
+    assert main(["plan", *arguments_of(files, "--json")]) == 0
+    told = json.loads(capsys.readouterr().out)["seconds"]
+    assert told["locating"] == pytest.approx(made[-1].scoring_flops / 0.5e6)  # half of it on a CPU
+    assert told["editing"] == pytest.approx(made[-1].editing_flops / 0.5e6)
 
 
 def test_the_plan_as_a_table(files, capsys):

@@ -53,12 +53,8 @@ class Job:
     @property
     def scored(self) -> tuple[list[Encoded], list[Encoded]]:
         """What neurons are located by: `score_requests` of the requests, `score_pairs` of the pairs, evenly spread."""
-        return spread(self.requests, self.config.score_requests), spread(self.locality, self.config.score_pairs)
-
-
-def spread(sequences: list[Encoded], most: int) -> list[Encoded]:
-    """At most so many of them, at even distances: the shipped prompts are in order of their kinds."""
-    return sequences[:: max(1, -(-len(sequences) // most))]
+        config = self.config
+        return shipped.some(self.requests, config.score_requests), shipped.some(self.locality, config.score_pairs)
 
 
 class HeldOut:
