@@ -337,14 +337,19 @@ class Trainer:
         """The least strength that makes the model begin the unseen requests' safe answers as often as it should."""
         found = torch.zeros(len(STRENGTHS), device=self.structure.head_device)
         waiting = beginnings(self.ranks.mine(unseen))
+        shown = 0
 
         def count() -> None:
+            nonlocal shown
             found.zero_()
+            asked = 0
             for batch in pack(waiting, self.pace.tokens, self._pad_id):
                 found.add_(answers_begun(self.structure, self.columns, batch))
+                asked += len(batch.rows)
+                advance(max(0, asked - shown))  # what is counted anew, once memory ran out, has been shown
+                shown = max(shown, asked)
 
         self._slower_if_it_must(count, "finding the strength")
-        advance(len(waiting))
         self.ranks.add_up(found)
         return least((found / len(unseen)).tolist(), self.config.unseen_refused)
 

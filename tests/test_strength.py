@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from pke_fast import shipped, strength
+from pke_fast import editing, shipped, strength
 from pke_fast.batches import pack
 from pke_fast.columns import columns_of
 from pke_fast.config import PKEConfig
@@ -95,6 +96,30 @@ def test_a_given_strength_is_taken_and_a_bound_leaves_none(sequences) -> None:
     sides = sequences(6), sequences(9, seed=1)
     assert edited(*sides, sequences(3, seed=7), strength=1.7)[1].strength == 1.7
     assert edited(*sides, sequences(3, seed=7), unseen_refused=1.0, norm_constraint=0.01)[1].strength == 1.0
+
+
+def test_progress_counts_every_unseen_request_once(sequences, monkeypatch) -> None:
+    advanced: dict[str, list[int]] = {}
+    full = iter([False, True] + [False] * 99)  # memory runs out at the second batch
+
+    def counted(*args):
+        if next(full):
+            raise torch.cuda.OutOfMemoryError("too much")
+        return answers_begun(*args)
+
+    @contextmanager
+    def stage(name, _total):
+        yield advanced.setdefault(name, []).append
+
+    monkeypatch.setattr(editing, "answers_begun", counted)
+    structure = find_structure(tiny_model("llama").requires_grad_(False))
+    sides = sequences(6), sequences(9, seed=1)
+    config = CONFIG.replace(micro_batch_tokens=128)
+    edit_columns(structure, HOT_SPOTS, *sides, config, pad_id=PAD, stage=stage, unseen=sequences(60, seed=7))
+    shown = advanced["Finding the strength"]
+    assert sum(shown) == 60
+    assert sum(count > 0 for count in shown) > 2  # as it goes, not at the end
+    assert min(shown) == 0  # what had been shown was counted anew
 
 
 def test_unseen_requests_are_shipped_ones_that_nothing_else_sees() -> None:
