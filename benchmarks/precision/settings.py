@@ -9,6 +9,7 @@ from pke_fast.config import PKEConfig
 from pke_fast.structure import Structure
 
 ALL = "all"  # as k: every neuron of the window
+DRAFT_PRESET = "pke-fast-draft"
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Setting:
     """
 
     changes: dict[str, Any] = field(default_factory=dict)
-    preset: str = "pke-fast-draft"
+    preset: str = DRAFT_PRESET
     seeds: tuple[int, ...] = (0,)
     by: Literal["pke_fast", "lora"] = "pke_fast"
     thorough: bool = False
