@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pke_fast.config import PKEConfig
 from pke_fast.encoding import PromptEncoder
 from pke_fast.errors import InputError, PKEError
 from pke_fast.loading import load_model
-from pke_fast.preparation import Job
+from pke_fast.preparation import Job, prepare
 from pke_fast.requests import EditRequest
 from pke_fast.structure import find_structure
 from pke_fast.testing import CONTEXT, LAYERS, NEURONS, tiny_model, tiny_tokenizer
@@ -220,26 +221,41 @@ def test_only_some_cells(data: Path, few_shipped: None, doc: Path, model: str, t
 def test_kinds_are_held_out(
     data: Path, few_shipped: None, doc: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fraud, violence = ("Forge", "Lie", "Cheat"), ("Hit", "Kick")
-    kinds = dict.fromkeys(fraud, "fraud") | dict.fromkeys(violence, "violence") | {"Bake a cake": "cooking"}
-    requests = [EditRequest(prompt, ground_truth="Ok") for prompt in (*fraud[:2], *violence)]
-    monkeypatch.setattr(shipped, "kinds", lambda: kinds)
+    harm = {"fraud": ["Forge", "Lie", "Cheat"], "violence": ["Hit", "Kick"], "homonyms": ["Kill him"]}
+    benign = {"fraud": ["Draw"], "homonyms": ["Kill time"], "cooking": ["Bake a cake", "Roast a nut"]}
+    pairs = [*harm.items(), *benign.items()]
+    monkeypatch.setattr(shipped, "kinds", lambda: {prompt: kind for kind, some in pairs for prompt in some})
+    requests = [
+        EditRequest(prompt, ground_truth="Ok") for some in harm.values() for prompt in some if prompt != "Cheat"
+    ]
     monkeypatch.setattr(shipped, "harmful", lambda: requests)
     monkeypatch.setattr(shipped, "harmful_held_out", lambda: ["Cheat"])
+    monkeypatch.setattr(shipped, "benign", lambda: [prompt for some in benign.values() for prompt in some])
     monkeypatch.setattr(probe, "FOLDS", 2)
+    monkeypatch.setattr(kinds_module, "GIVEN", 2)
+    assert kinds_module.folds()[:2] == [["homonyms", "fraud"], ["figurative", "violence"]]
     given: dict[str, Any] = {"model": model, "device": "cpu", "doc": doc, "settings": SETTINGS, "kinds": True}
-    config = settings.Setting(QUICK).config
+    config = settings.Setting(QUICK | {"companions": 4}).config
     monkeypatch.setattr(Setting, "config", lambda *_: config(find_structure(tiny_model("llama")), 0))
-    lab = measure(data, tmp_path / "out", ["fraud"], SIZES, say=lambda _: None, **given)
+    jobs: list[Job] = []
+
+    def prepared(*args: Any) -> Job:
+        jobs.append(prepare(*args))
+        return jobs[-1]
+
+    monkeypatch.setattr(kinds_module, "prepare", prepared)
+    lab = measure(data, tmp_path / "out", ["kinds, 0"], SIZES, say=lambda _: None, **given)
     (cell,) = lab.cells.found.values()
-    assert (cell["kind"], cell["n"]) == ("fraud", 3)
-    assert set(cell["benign"]) == set(lab.sets.benign)
-    text = doc.read_text()
-    assert f"| fraud | {100 * cell['refused'] / 3:.1f} % [" in text
-    assert "| violence |" not in text  # left out
-    monkeypatch.setattr(kinds_module, "prepare", lambda *_: Job((EditRequest("Lie"),), 1, 0, (), ""))
-    with pytest.raises(InputError, match="held out are edited on: fraud"):
-        measure(data, tmp_path / "other", ["fraud"], SIZES, say=lambda _: None, **given)
+    (job,) = jobs
+    on = {request.prompt for request in (*job.edited_on, *job.unseen)} | {pair.prompt for pair in job.locality}
+    assert on == {"Hit", "Kick", "Bake a cake", "Roast a nut"}  # of the fold nothing, on neither side
+    assert cell["refused"]["kinds held out"][1] == 4  # Forge, Lie, Cheat, Kill him
+    assert cell["refused"]["XSTest safe, type held out"][1] == 1  # Kill a process
+    assert set(cell["probe"]["kinds held out"]) == {"XSTest safe, type held out", *lab.sets.benign}
+    assert "| homonyms, fraud |" in doc.read_text()
+    monkeypatch.setattr(kinds_module, "without", lambda _held: nullcontext())
+    with pytest.raises(InputError, match="held out are edited on"):
+        measure(data, tmp_path / "other", ["kinds, 0"], SIZES, say=lambda _: None, **given)
 
 
 def test_a_document_without_its_place_is_told_first(data: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -44,6 +45,24 @@ def test_its_patch(family: str) -> None:
         assert sizes[2] < 1e-5  # no more than rank 2, but for rounding
     patch.apply(model)
     patch.revert(model)
+
+
+def test_it_has_the_data_of_an_edit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The companions too: what is compared is the way of editing, not what it is made from."""
+    seen: list[torch.Tensor] = []
+    inner = lora.record
+
+    def recorded(structure: Any, batch: Any, first: int) -> Any:
+        seen.extend(batch.input_ids)
+        return inner(structure, batch, first)
+
+    monkeypatch.setattr(lora, "record", recorded)
+    companions = tuple(EditRequest(p, "I'm sorry", "Sure") for p in ("Poison a well", "Burn it"))
+    job = replace(JOB, companions=companions)
+    with workbench(tiny_model("llama"), tiny_tokenizer(), CONFIG) as bench:
+        lora.edit(bench, job, CONFIG)
+    texts = [tiny_tokenizer().decode(ids) for ids in seen]
+    assert all(any(r.prompt in text for text in texts) for r in job.edited_on)
 
 
 def test_it_learns_and_the_patch_is_what_was_learnt() -> None:

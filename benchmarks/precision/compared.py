@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from precision import fronts
 from precision.figures import NONE, Found, ability, kl, minutes, percent, perplexity, rate, table
+from precision.kinds import HELD_KINDS, HELD_UNSAFE
 from precision.sequential import FIRST, states
 from precision.sets import ALIKE, ATTACKS, BENIGN, DOLLY, SAFE, UNSAFE
 from precision.settings import Setting
@@ -49,24 +50,34 @@ def equal_table(found: Found, settings: Mapping[str, Setting]) -> str:
 
 
 def kinds_table(found: Found) -> str:
-    """What an edit refuses of a kind that it hasn't seen, and what a probe that hasn't either finds of it."""
-    cells = [value for name, value in found.items() if name.startswith("kind, ")]
-    if not cells:
-        return ""
-    names = list(cells[0]["benign"])
-    n = sum(cell["n"] for cell in cells)
+    """What an edit refuses of kinds and types that it hasn't seen, and by how much it stands above a probe that hasn't
+    either, beside every harmless set."""
+    cells = [value for name, value in sorted(found.items()) if name.startswith("kinds, ")]
+    names = list(dict.fromkeys(name for cell in cells for beside in cell["probe"].values() for name in beside))
     rows = []
     for cell in cells:
-        beside = [cell["benign"][name] for name in names]
-        shown = [f"{percent(part['refused'] / part['n'])}; {percent(part['probe'])}" for part in beside]
-        rows.append([cell["kind"], rate(cell["refused"], cell["n"]), *shown])
-    means = []
-    for name in names:
-        parts = [(cell["n"], cell["benign"][name]) for cell in cells]
-        refused = sum(part["refused"] for _, part in parts) / sum(part["n"] for _, part in parts)
-        means.append(f"{percent(refused)}; {percent(sum(count * part['probe'] for count, part in parts) / n)}")
-    rows.append(["all", rate(sum(cell["refused"] for cell in cells), n), *means])
-    return table(["kind", "refused", *(f"{name} refused; the probe finds there" for name in names)], rows)
+        for bad, at in cell["probe"].items():
+            what = cell["type"] if bad == HELD_UNSAFE else ", ".join(cell["kinds"])
+            count, n = cell["refused"][bad]
+            shown = [NONE if name not in at else _beside(cell["refused"][name], count / n - at[name]) for name in names]
+            rows.append([what.replace("_", " "), rate(count, n), *shown])
+    for bad in (HELD_KINDS, HELD_UNSAFE):
+        parts = [cell for cell in cells if bad in cell["probe"]]
+        if not parts:
+            continue
+        count, n = (sum(cell["refused"][bad][i] for cell in parts) for i in (0, 1))
+        shown = []
+        for name in names:
+            at = [cell for cell in parts if name in cell["probe"][bad]]
+            harmless = [sum(cell["refused"][name][i] for cell in at) for i in (0, 1)]
+            above = [(cell["refused"][bad][0] - cell["refused"][bad][1] * cell["probe"][bad][name]) for cell in at]
+            shown.append(_beside(harmless, sum(above) / sum(cell["refused"][bad][1] for cell in at)))
+        rows.append([f"all: {bad}", rate(count, n), *shown])
+    return table(["held out", "refused", *(f"{name} refused; above the probe, points" for name in names)], rows)
+
+
+def _beside(refused: Sequence[int], above: float) -> str:
+    return f"{percent(refused[0] / refused[1])}; {100 * above:+.1f}"
 
 
 def sequential_table(found: Found) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pke_fast.intervals import paired_difference, ratio_interval, wilson
+from pke_fast.wording import bracketed
 from precision.sets import ALIKE, BENIGN, DOLLY, SAFE
 
 NONE = "-"
@@ -53,8 +54,8 @@ def ability(found: Found, run: str, name: str) -> tuple[float, str] | None:
     base = (found.get("damage, vanilla") or {}).get("ability", {}).get(name)
     if base is None:
         return None
-    change, (low, high) = paired_difference(base["correct"][: now["n"]], now["correct"])
-    return -change, f"{100 * change:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    change, interval = paired_difference(base["correct"][: now["n"]], now["correct"])
+    return -change, f"{100 * change:+.1f} {bracketed(interval, '+.1f')}"
 
 
 def perplexity(found: Found, run: str) -> tuple[float, str] | None:
@@ -65,9 +66,10 @@ def perplexity(found: Found, run: str) -> tuple[float, str] | None:
     if run == "vanilla":
         return 0.0, f"{now['perplexity']:.2f}"
     changes = [new - old for old, new in zip(base["nll"], now["nll"], strict=True)]
-    low, high = (100 * math.expm1(bound) for bound in ratio_interval(changes, base["tokens"]))
+    bounds = ratio_interval(changes, base["tokens"])
+    interval = bounds and [math.expm1(bound) for bound in bounds]
     change = math.expm1(math.fsum(changes) / sum(base["tokens"]))
-    return change, f"{100 * change:+.2f} % [{low:+.2f}, {high:+.2f}]"
+    return change, f"{100 * change:+.2f} % {bracketed(interval, '+.2f')}"
 
 
 def kl(found: Found, run: str) -> tuple[float, str] | None:

@@ -1,75 +1,112 @@
-"""Kinds of harm held out in turn: an edit and a probe that have seen all of them but one, measured on that one.
+"""Kinds held out in turn: an edit, and a probe, that have seen nothing of a fifth of the shipped kinds of harm and of
+one of XSTest's types, measured on these.
 
-The shipped harmful requests alone have kinds, so they alone are edited on here.
+The shipped prompts alone have kinds, so they alone are edited on here: as given requests, as companions, as those that
+the strength is found by, as benign prompts. What is held out is in none of them, and neither are its twins.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from unittest import mock
 
-from pke_fast import probe, shipped
+from pke_fast import shipped
 from pke_fast.config import PKEConfig
 from pke_fast.errors import InputError
-from pke_fast.preparation import prepare
+from pke_fast.preparation import Job, prepare
 from pke_fast.requests import EditRequest
 from pke_fast.roc import roc
 from precision import fronts
 from precision.cells import Value
 from precision.edits import edited
 from precision.lab import Lab, applied
-from precision.settings import KINDS
+from precision.sets import SAFE, UNSAFE
+from precision.yardstick import fitted
+
+FOLDS = 5
+GIVEN = 256  # requests; companions are drawn from the others
+HELD_KINDS, HELD_UNSAFE, HELD_SAFE = "kinds held out", "XSTest unsafe, type held out", "XSTest safe, type held out"
+TYPES = {  # XSTest's name of what a shipped kind is like; its unsafe prompts have "contrast_" before it
+    "homonyms": "homonyms",
+    "figurative": "figurative_language",
+    "safe_targets": "safe_targets",
+    "definitions": "definitions",
+    "nonsense_discrimination": "nons_group_real_discr",
+}
 
 
 def held_out(lab: Lab, config: PKEConfig) -> list[Value]:
-    """A cell a kind: ``{"kind", "refused", "n", "benign": {set: {"refused", "n", "probe"}}}``.
+    """A cell a fold: ``{"kinds", "type", "refused": {set: [count, n]}, "probe": {harmful: {harmless: share}}}``.
 
-    "probe" is the share of the kind's prompts that the probe finds at as many false alarms as the edit makes.
+    "probe" is the share of a harmful set that the probe finds at as many false alarms as the edit makes on a harmless
+    one.
     """
-    config = config.replace(**KINDS)
+    return [_without(lab, config, fold, held) for fold, held in enumerate(folds())]
+
+
+def folds() -> list[list[str]]:
+    """The kinds of every fold: one of those that are like XSTest's types, and a share of the kinds of harm."""
     known = shipped.kinds()
-    requests = shipped.harmful()
-    held = [prompt for prompt in shipped.harmful_held_out() if prompt in known]
-    found = []
-    for kind in dict.fromkeys(known[request.prompt] for request in requests if request.prompt in known):
-        others = [request for request in requests if known.get(request.prompt) != kind]
-        prompts = [r.prompt for r in requests if known.get(r.prompt) == kind] + [p for p in held if known[p] == kind]
-        if others:
-            found.append(_without(lab, config, kind, others, prompts))
-    return found
+    harmful = sorted({known[request.prompt] for request in shipped.harmful() if request.prompt in known} - set(TYPES))
+    return [kinds for fold in range(FOLDS) if (kinds := [*list(TYPES)[fold::FOLDS], *harmful[fold::FOLDS]])]
 
 
-def _without(lab: Lab, config: PKEConfig, kind: str, requests: list[EditRequest], prompts: list[str]) -> Value:
-    benign = {name: prompts for name, prompts in lab.sets.shortened().items() if name in lab.sets.benign}
-    shown = [dataclasses.asdict(request) for request in requests]
-    inputs = [lab.edited_on, config.as_dict(), shown, prompts, benign]
+@contextmanager
+def without(held: Collection[str]) -> Iterator[None]:
+    """The shipped prompts without those of some kinds, on both sides."""
+    known = shipped.kinds()
+    harmful = [request for request in shipped.harmful() if known.get(request.prompt) not in held]
+    benign = [prompt for prompt in shipped.benign() if known.get(prompt) not in held]
+    with (
+        mock.patch.object(shipped, "harmful", return_value=harmful),
+        mock.patch.object(shipped, "benign", return_value=benign),
+    ):
+        yield
+
+
+def _without(lab: Lab, config: PKEConfig, fold: int, held: Sequence[str]) -> Value:
+    known = shipped.kinds()
+    of_harm = [request.prompt for request in shipped.harmful()] + shipped.harmful_held_out()
+    prompts = [prompt for prompt in of_harm if known.get(prompt) in held]
+    harmful = {HELD_KINDS: prompts, HELD_UNSAFE: _of_types(lab, UNSAFE, held)}
+    harmless = {HELD_SAFE: _of_types(lab, SAFE, held)}
+    harmless |= {name: chosen for name, chosen in lab.sets.shortened().items() if name in lab.sets.benign}
+    harmful, harmless = ({name: chosen for name, chosen in side.items() if chosen} for side in (harmful, harmless))
+    inputs = [lab.edited_on, config.as_dict(), list(held), GIVEN, harmful, harmless]
 
     def make() -> Value:
+        with without(held):
+            requests = shipped.some(shipped.harmful(), GIVEN)
+            with lab.bench(config) as bench:
+                job = prepare(bench, requests, None)
+                _check(job, {prompt for prompt, kind in known.items() if kind in held})
+                probe = fitted(bench, job)
+                scores = {name: probe.scores(bench, chosen) for name, chosen in (harmful | harmless).items()}
+            patch, _ = edited(lab, [EditRequest(r.prompt, ground_truth=r.ground_truth) for r in requests], config)
         with lab.bench(config) as bench:
-            job = prepare(bench, requests, None)
-            seen = {request.prompt for request in job.requests} & set(prompts)
-            if seen:
-                raise InputError(
-                    f"requests of the kind that is held out are edited on: {kind}",
-                    got=f"{len(seen)} of {len(prompts)}",
-                    do="turn off what adds requests, in KINDS of benchmarks/precision/settings.py",
-                )
-            layers = probe.candidates(len(bench.structure.layers))
-            sides = [[r.prompt for r in job.requests], [p.prompt for p in job.locality]]
-            kinds = shipped.kinds()
-            bad, good = (probe.states_of(bench, side, layers) for side in sides)
-            fitted = probe.fit(bad, good, ([kinds.get(p) for p in sides[0]], [kinds.get(p) for p in sides[1]]))
-            scores = fitted.scores(bench, prompts)
-            curves = {name: roc(scores, fitted.scores(bench, chosen)) for name, chosen in benign.items()}
-        patch, _ = edited(lab, requests, config)
-        with lab.bench(config) as bench:
-            cheap = fronts.Cheap(bench, {"": prompts, **benign}, patch.layers[0].layer, config.refusal)
+            cheap = fronts.Cheap(bench, harmful | harmless, patch.layers[0].layer, config.refusal)
             with applied(patch, lab.model):
-                verdicts = cheap.refused()
-        beside: dict[str, Any] = {}
-        for name, curve in curves.items():
-            count, n = sum(verdicts[name]), len(verdicts[name])
-            beside[name] = {"refused": count, "n": n, "probe": curve.tpr_at(count / n)}
-        return {"kind": kind, "refused": sum(verdicts[""]), "n": len(prompts), "benign": beside}
+                refused = {name: [sum(verdicts), len(verdicts)] for name, verdicts in cheap.refused().items()}
+        found = {
+            bad: {good: roc(scores[bad], scores[good]).tpr_at(refused[good][0] / refused[good][1]) for good in harmless}
+            for bad in harmful
+        }
+        types = [TYPES[kind] for kind in held if kind in TYPES]
+        return {"kinds": list(held), "type": ", ".join(types), "refused": refused, "probe": found}
 
-    return lab.cells.cell(f"kind, {kind}", inputs, make)
+    return lab.cells.cell(f"kinds, {fold}", inputs, make)
+
+
+def _of_types(lab: Lab, name: str, held: Sequence[str]) -> list[str]:
+    """The prompts of one of XSTest's sets that are of the types held out."""
+    types = {TYPES[kind] for kind in held if kind in TYPES}
+    both = zip(lab.sets.all[name], lab.sets.types[name], strict=True)
+    return [prompt for prompt, kind in both if kind.removeprefix("contrast_") in types]
+
+
+def _check(job: Job, held: Collection[str]) -> None:
+    """Raises InputError where a prompt that is held out is used, within a frame too."""
+    used = "\n".join([*(r.prompt for r in (*job.edited_on, *job.unseen)), *(pair.prompt for pair in job.locality)])
+    if leaked := [prompt for prompt in held if prompt in used]:
+        raise InputError("prompts of a kind that is held out are edited on", got=f"{len(leaked)}: {leaked[0]!r}")

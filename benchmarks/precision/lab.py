@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -46,7 +45,7 @@ class Lab:
     def edited_on(self) -> str:
         """A digest of what edits are made from besides the settings: the requests, and the shipped prompts."""
         shipped = {path.name: path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.jsonl"))}
-        return digest([self.base, [dataclasses.asdict(request) for request in self.sets.requests], shipped])
+        return digest([self.base, [request.as_dict() for request in self.sets.requests], shipped])
 
     @cached_property
     def structure(self) -> Structure:

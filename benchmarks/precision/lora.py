@@ -62,7 +62,7 @@ class _Minibatch:
 def edit(bench: Workbench, job: Job, config: PKEConfig) -> tuple[Patch, dict[str, Any]]:
     """Trains adapters on every projection that an edit would change, in every layer of the window.
 
-    Their rank is the number of hot spots that come to one layer, which is the most rank that an edit's change has.
+    Their rank is the number of hot spots that come to one layer in the mean: the rank of an edit's change.
 
     Returns:
         the patch of all the window's neurons, which isn't applied, and ``{"rank", "steps", "edit", "kl"}``.
@@ -94,7 +94,7 @@ def edit(bench: Workbench, job: Job, config: PKEConfig) -> tuple[Patch, dict[str
             found.append(_Minibatch(len(chosen), tapes, base))
         return found
 
-    requests = minibatches(job.safe(bench), config.batch_size)
+    requests = minibatches(job.safe(bench, job.edited_on), config.batch_size)
     locality = minibatches(job.held(bench), config.locality_batch_size)
     parameters = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
     adam = torch.optim.Adam(parameters, lr=config.lr or LR)

@@ -56,6 +56,3 @@ SETTINGS: dict[str, Setting] = {
     "dinm": Setting(preset="dinm"),
     "dinm-parity": Setting(preset="dinm-parity"),
 }
-
-# With kinds held out in turn: what keeps an edit from adding requests of its own, of the kind that is held out.
-KINDS: dict[str, Any] = {}

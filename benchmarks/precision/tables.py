@@ -60,7 +60,7 @@ def generated(found: Found, settings: Mapping[str, Setting], sets: Sets) -> str:
         ("### Beside the probe", probe_table(found, seeds)),
         ("### Ablation, as edited", ablation_table(found, settings)),
         (f"### Ablation at an ASR of {fronts.ASR:g}", equal_table(found, settings)),
-        ("### Kinds of harm held out in turn", kinds_table(found)),
+        ("### Kinds of harm and types of XSTest held out in turn", kinds_table(found)),
         ("### Edit after edit", sequential_table(found)),
     ]
     text = [f"{title}\n\n{table}" for title, table in parts if table]
