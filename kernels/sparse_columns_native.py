@@ -28,7 +28,6 @@ def grad(grad_out: Tensor, h: Tensor, into: Tensor) -> None:
     check_grad(grad_out, h, into)
     _check_memory("sparse_column_grad", {"into": into}, {"grad_out": grad_out, "h": h})
     _grad(grad_out, h, into)
-    _changed(into)
 
 
 def _grad(grad_out: Tensor, h: Tensor, into: Tensor) -> None:
@@ -85,7 +84,6 @@ def update(
     _check_memory(op, changed, {"old": old, "grad": grad})
     neurons = _checked_neurons(op, weight, axis, neurons)
     _update(weight, axis, neurons, state, grad, rates)
-    _changed(weight, *state[1:])
 
 
 def step(
@@ -126,7 +124,6 @@ def step(
         grad = torch.zeros_like(master[block])
         _grad(grad_out, h[:, block], grad)
         _update(weight, axis, neurons[block], tuple(tensor[block] for tensor in state), grad, rates)
-    _changed(weight, *state[1:])
 
 
 def write(weight: Tensor, axis: int, neurons: Tensor, values: Tensor) -> None:
@@ -151,7 +148,6 @@ def write(weight: Tensor, axis: int, neurons: Tensor, values: Tensor) -> None:
         values_are_fp32=values.dtype == torch.float32,
         threads=torch.get_num_threads(),
     )
-    _changed(weight)
 
 
 _STATE = ("old", "master", "moment1", "moment2")
@@ -219,10 +215,3 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     if elements and not tensor.is_contiguous():
         elements = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return begin, begin + elements * tensor.element_size()
-
-
-def _changed(*tensors: Tensor) -> None:
-    """Tells autograd, as torch's in-place operations do, so that a graph that has saved one of them says so."""
-    for tensor in tensors:
-        if not tensor.is_inference():  # which has no version
-            torch.autograd.graph.increment_version(tensor)

@@ -27,6 +27,12 @@ class Op:
     fake: Callable[..., Any]
     implementations: dict[str, str]
 
+    @property
+    def written(self) -> list[int]:
+        """Which of its arguments it writes to, as the schema marks them: `Tensor(a!)`."""
+        arguments = self.schema.split("->")[0].split(",")
+        return [index for index, argument in enumerate(arguments) if "!" in argument]
+
 
 def _fake_fwd(
     gate: Tensor, up: Tensor | None, act: str, offsets: Tensor, mask: Tensor | None = None, fused: bool = False
@@ -145,15 +151,25 @@ def explanation(op: str, device: torch.device) -> str:
     return choice.explain(op, device, OPS[op].implementations.__contains__)
 
 
+def _changed(tensor: Tensor) -> None:
+    """Counts a change that a form made in raw memory, as torch's in-place operations do: a graph that has saved the
+    tensor says so, and where a model's weights are copies (`offloading`), it is seen which were written to."""
+    if not tensor.is_inference():  # which has no version
+        torch.autograd.graph.increment_version(tensor)
+
+
 def _register() -> torch.library.Library:
     library = torch.library.Library("pke_fast", "DEF")
     for name, op in OPS.items():
         library.define(name + op.schema)
 
-        def call(*args: Any, _name: str = name, **named: Any) -> Any:
+        def call(*args: Any, _name: str = name, _written: list[int] = op.written, **named: Any) -> Any:
             form = implementation(_name, chosen_backend(_name, *args))
             with torch.cuda.device_of(args[0]):  # Triton launches on the current device
-                return form(*args, **named)
+                result = form(*args, **named)
+            for index in _written:
+                _changed(args[index])
+            return result
 
         library.impl(name, call, "CompositeExplicitAutograd")
         torch.library.register_fake(f"pke_fast::{name}", op.fake, lib=library)

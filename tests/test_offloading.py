@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from pke_fast import offloading, staging
+from pke_fast import offloading, ops, staging
 from pke_fast.batches import make_batch
 from pke_fast.columns import Columns
 from pke_fast.config import PKEConfig
@@ -241,6 +241,22 @@ def test_what_is_written_to_a_copy_comes_back_and_nothing_else():
     assert torch.signbit(own[1])
     assert own._version == own_version + 1
     assert other._version == other_version
+
+
+def test_what_a_form_writes_in_raw_memory_comes_back_too(monkeypatch):
+    """As Triton's forms do on a card: torch itself doesn't see that they write."""
+    own = torch.nn.Parameter(torch.zeros(3, 2), requires_grad=False)
+    copies = offloading._Copies(CPU)
+    copy = staging.frozen(own.clone())
+    copies._keep(own, copy)
+
+    def write(weight, axis, neurons, values):
+        weight.numpy()[neurons.numpy()] = values.numpy()
+
+    monkeypatch.setattr(ops, "implementation", lambda *_: write)
+    torch.ops.pke_fast.write_columns(copy.detach(), 0, torch.tensor([1]), torch.ones(1, 2))
+    copies.write_back()
+    assert own.tolist() == [[0, 0], [1, 1], [0, 0]]
 
 
 def test_a_spread_model_isnt_offloaded_besides(tmp_path):

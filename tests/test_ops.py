@@ -40,6 +40,53 @@ def test_every_form_can_be_imported(name):
         assert callable(ops.implementation(name, backend))
 
 
+def _in_raw_memory(*changed):
+    """What stands in for a form on a GPU: it writes to these of its arguments, behind torch's back."""
+
+    def form(*args, **_named):
+        for index in changed:
+            args[index].detach().numpy()[:] = 7
+
+    return form
+
+
+@pytest.mark.parametrize("name", ["sparse_column_grad", "sparse_column_update", "sparse_column_step", "write_columns"])
+def test_what_a_form_writes_to_is_counted(name, monkeypatch):
+    changed = [2] if name == "sparse_column_grad" else [0] if name == "write_columns" else [0, 4, 5, 6]
+    monkeypatch.setattr(ops, "implementation", lambda *_: _in_raw_memory(*changed))
+    arguments = getattr(torch.ops.pke_fast, name).default._schema.arguments
+    kinds = {"Tensor": lambda: torch.zeros(2, 2), "int": lambda: 1, "float": lambda: 0.5}
+
+    def versions_after(args):
+        before = [arg._version for arg in args if isinstance(arg, torch.Tensor)]
+        getattr(torch.ops.pke_fast, name)(*args)
+        after = [arg._version for arg in args if isinstance(arg, torch.Tensor)]
+        return [new - old for old, new in zip(before, after, strict=True)]
+
+    args = [kinds[str(argument.type)]() for argument in arguments]
+    tensors = [index for index, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
+    wanted = [int(index in changed) for index in tensors]
+    assert versions_after(args) == wanted
+    with torch.no_grad():
+        assert versions_after(args) == wanted
+    with torch.inference_mode():
+        assert versions_after(args) == wanted
+        inferred = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        getattr(torch.ops.pke_fast, name)(*inferred)  # has no version
+    assert all(bool((inferred[index] == 7).all()) for index in changed)
+
+
+def test_ops_that_write_run_without_data():
+    from torch._subclasses import FakeTensorMode
+
+    def write(weight):
+        torch.ops.pke_fast.write_columns(weight, 0, torch.empty(2, dtype=torch.int64, device=weight.device), weight)
+
+    write(META)
+    with FakeTensorMode():
+        write(torch.empty(2, 2))
+
+
 def test_the_table_decides_and_falls_back(monkeypatch):
     assert ops.chosen_backend("select_hotspots", CPU) == "native"
     assert ops.chosen_backend("edit_loss", CPU) == "reference"
