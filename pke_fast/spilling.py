@@ -16,16 +16,20 @@ from typing import NoReturn
 from torch import nn
 
 from pke_fast.errors import InputError
+from pke_fast.files import explained_write
 from pke_fast.mapped import mapped_bytes
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def spill(layers: Sequence[nn.Module], folder: str | Path) -> int:
     """Puts the weights of these layers that lie in no file into one of a folder, and maps it; the bytes it took.
 
     Raises:
-        InputError: there is no such folder, or it has no room; the weights are where they were.
+        InputError: there is no such folder, it has no room, or it can't be written to; the weights are where they were.
+        PKEError: the system fails otherwise; the same holds.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -35,13 +39,13 @@ def spill(layers: Sequence[nn.Module], folder: str | Path) -> int:
     need = sum(_bytes(layer) for layer in loose)
     if need > (free := shutil.disk_usage(folder).free):
         _no_room(folder, need, f"{free / 2**20:,.0f} MiB free")
-    with tempfile.TemporaryDirectory(prefix="pke-fast-offload-", dir=folder) as files:
+    with explained_write(folder), tempfile.TemporaryDirectory(prefix="pke-fast-offload-", dir=folder) as files:
         paths = [Path(files, f"{index}.safetensors") for index in range(len(loose))]
         try:
             for layer, path in zip(loose, paths, strict=True):
                 save_file({name: p.detach().contiguous() for name, p in layer.named_parameters()}, path)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
+        except (OSError, SafetensorError) as error:
+            if not _says_full(error):
                 raise
             _no_room(folder, need, str(error))
         for layer, path in zip(loose, paths, strict=True):
@@ -49,6 +53,11 @@ def spill(layers: Sequence[nn.Module], folder: str | Path) -> int:
                 for name, parameter in layer.named_parameters():
                     parameter.data = file.get_tensor(name)
     return need
+
+
+def _says_full(error: Exception) -> bool:
+    """safetensors' writer raises an error of its own, which has the system's number in its text."""
+    return getattr(error, "errno", None) in FULL or any(f"os error {number})" in str(error) for number in FULL)
 
 
 def _bytes(layer: nn.Module) -> int:

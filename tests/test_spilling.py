@@ -8,12 +8,13 @@ import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import pke_fast
 from pke_fast import planning, spilling
 from pke_fast.cli import main
 from pke_fast.config import PKEConfig
-from pke_fast.errors import InputError
+from pke_fast.errors import InputError, PKEError
 from pke_fast.mapped import mapped_bytes
 from pke_fast.offloading import brought_to
 from pke_fast.plan import Residence
@@ -52,7 +53,14 @@ def test_layers_are_mapped_and_keep_their_values(model, tmp_path):
     assert model.model.layers[1].mlp.down_proj.weight[3, 4] == 5
 
 
-def test_a_folder_without_room_changes_nothing(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError(f"Error while serializing: I/O error: No space left on device (os error {errno.ENOSPC})"),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+)
+def test_a_folder_without_room_changes_nothing(error, model, tmp_path, monkeypatch):
     pointers = [p.data_ptr() for p in model.parameters()]
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=2**16))
@@ -62,7 +70,7 @@ def test_a_folder_without_room_changes_nothing(model, tmp_path, monkeypatch):
 
     def full(tensors, path):
         path.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(InputError, match=r"has no room[\s\S]*No space left"):
@@ -71,6 +79,17 @@ def test_a_folder_without_room_changes_nothing(model, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no such offload folder"):
         spill(model.model.layers, tmp_path / "nowhere")
     assert [p.data_ptr() for p in model.parameters()] == pointers
+    assert same(model, tiny_model("llama"))
+
+
+def test_other_errors_of_the_disk_are_told_too(model, tmp_path, monkeypatch):
+    def fails(tensors, path):
+        raise SafetensorError("Error while serializing: I/O error: Input/output error (os error 5)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fails)
+    with pytest.raises(PKEError, match=r"can't write[\s\S]*os error 5"):
+        spill(model.model.layers, tmp_path)
+    assert list(tmp_path.iterdir()) == []
     assert same(model, tiny_model("llama"))
 
 
