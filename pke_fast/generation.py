@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -13,6 +14,7 @@ from torch import nn
 
 from pke_fast.encoding import PromptEncoder
 from pke_fast.errors import InputError
+from pke_fast.pace import is_out_of_memory
 from pke_fast.placement import input_device
 from pke_fast.prefix import Prefix, common
 
@@ -47,7 +49,7 @@ def generate(
 
     Args:
         batch_size: prompts at a time; None: as many as `tokens_at_once` allows, 32 at most on a CPU, 64 on a GPU. A
-            batch that doesn't fit the GPU's memory is halved.
+            batch for which memory runs out is halved.
         tokens_at_once: most tokens (prompt, answer and padding) in a batch; one prompt alone may exceed it.
         advance: called with the number of prompts that a finished batch answered, and at once with that of `known`.
         known: answers by the prompt's index that needn't be made again. The batches are those without them, so a run
@@ -66,9 +68,9 @@ def generate(
     encoded = [encoder.prompt_ids(prompt) for prompt in prompts]
     rooms = [_room(ids, max_new_tokens, context_length(model)) for ids in encoded]
     if batch_size is None:
-        rows = ROWS_ON_CPU if input_device(model).type == "cpu" else ROWS_ON_GPU
-        longest = max((len(ids) + room for ids, room in zip(encoded, rooms, strict=True)), default=1)
-        batch_size = max(1, min(rows, tokens_at_once // longest))
+        batch_size = ROWS_ON_CPU if input_device(model).type == "cpu" else ROWS_ON_GPU
+    else:
+        tokens_at_once = sys.maxsize
     ends = end_token_ids(model, tokenizer)
     pad = pad_token_id(tokenizer, model)
     answers = dict(known or {})
@@ -82,7 +84,7 @@ def generate(
 
     with evaluating(model):
         prefix = _prefix(encoded, model, min(rooms), ends, pad) if len(answers) < len(encoded) else None
-        for planned in _batches(encoded, rooms, batch_size):
+        for planned in _batches(encoded, rooms, batch_size, tokens_at_once):
             batch = [index for index in planned if index not in answers]
             if not batch:
                 continue
@@ -133,16 +135,18 @@ def _room(ids: list[int], max_new_tokens: int, context: int | None) -> int:
     return room
 
 
-def _batches(encoded: list[list[int]], rooms: list[int], size: int) -> Iterator[list[int]]:
-    """Indices of prompts by descending length: the batch that needs the most memory comes first.
+def _batches(encoded: list[list[int]], rooms: list[int], rows: int, tokens: int) -> Iterator[list[int]]:
+    """Indices of prompts by descending length, so many or so many tokens at a time, padding counted.
 
     The prompts of a batch have the same room, so that no answer is cut short by a longer prompt beside it.
     """
     order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
     for _, same_room in groupby(order, key=lambda index: rooms[index]):
         group = list(same_room)
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
+        while group:
+            size = max(1, min(rows, tokens // (len(encoded[group[0]]) + rooms[group[0]])))
+            yield group[:size]
+            group = group[size:]
 
 
 def _settings(max_new_tokens: int, ends: list[int], pad: int) -> Any:
@@ -209,11 +213,12 @@ def _answer(
             more["past_key_values"] = prefix.rows(len(rows))
         output = model.generate(input_ids=ids.to(at), attention_mask=mask.to(at), generation_config=settings, **more)
         return [row[: stopped.get(index)] for index, row in enumerate(output[:, longest:].tolist())]
-    except torch.cuda.OutOfMemoryError:
-        if len(rows) == 1:
+    except (RuntimeError, MemoryError) as error:
+        if len(rows) == 1 or not is_out_of_memory(error):
             raise
     finally:
         model.generation_config = own
+    more.clear()  # the cache grew in place: it has to be gone before half of the rows are tried
     half = len(rows) // 2
     parts = (_answer(part, model, settings, pad, stop, prefix) for part in (rows[:half], rows[half:]))
     return [answer for part in parts for answer in part]

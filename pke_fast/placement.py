@@ -82,12 +82,13 @@ def stored_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Raises:
         InputError: one holds no data (meta device).
     """
-    tied = _tied(model)
-    for name, parameter in model.named_parameters():
-        if not parameter.is_meta:
-            yield name, parameter
-        elif name not in tied:  # weights that were taken away are no longer one object
-            yield name, stored_weight(model, name)
+    yield from ((name, stored_weight(model, name)) for name in stored_names(model))
+
+
+def stored_names(model: nn.Module) -> list[str]:
+    """The name of every parameter, tied ones once."""
+    tied = _tied(model)  # weights that were taken away are no longer one object
+    return [name for name, parameter in model.named_parameters() if not (parameter.is_meta and name in tied)]
 
 
 @contextmanager

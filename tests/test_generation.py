@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import GenerationConfig
 from pke_fast.config import PKEConfig
 from pke_fast.encoding import PromptEncoder
 from pke_fast.errors import InputError
-from pke_fast.generation import end_token_ids, generate
+from pke_fast.generation import MANY, end_token_ids, generate
 from pke_fast.testing import CONTEXT, FAMILIES, tiny_model, tiny_tokenizer
 
 PROMPTS = [
@@ -133,6 +134,18 @@ def test_progress_counts_every_prompt_once() -> None:
     assert generate(model, tokenizer, encoder_for(tokenizer), []) == []
 
 
+def test_one_long_prompt_has_a_batch_of_its_own() -> None:
+    """A bound on tokens is a bound on each batch: the others are as large as their own lengths allow."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer(chat=False)
+    prompts = ["a" * 60, *("b" * (8 + n % 3) for n in range(7))]
+    steps: list[int] = []
+    given = {"max_new_tokens": 2, "tokens_at_once": 63}
+    found = generate(model, tokenizer, encoder_for(tokenizer), prompts, advance=steps.append, **given)
+    assert steps == [1, 5, 2]
+    alone = [generate(model, tokenizer, encoder_for(tokenizer), [prompt], max_new_tokens=2)[0] for prompt in prompts]
+    assert found == alone
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])  # gpt2's learnt positions end where the context ends
 def test_answers_stop_where_the_context_is_full(family: str) -> None:
     model, tokenizer = tiny_model(family), tiny_tokenizer(chat=False)
@@ -154,7 +167,12 @@ def test_bad_input() -> None:
         generate(model, tokenizer, encoder_for(tokenizer), ["hi"], batch_size=0)
 
 
-def test_out_of_memory_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+ON_GPU = torch.cuda.OutOfMemoryError("too much")
+ON_CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried ...")
+
+
+@pytest.mark.parametrize("error", [ON_GPU, ON_CPU, MemoryError()], ids=["gpu", "cpu", "python"])
+def test_out_of_memory_halves_the_batch(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     expected = generate(model, tokenizer, encoder_for(tokenizer), PROMPTS, max_new_tokens=6)
     own, sizes = model.generate, []
@@ -162,16 +180,43 @@ def test_out_of_memory_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None
     def small_memory(**kwargs: Any) -> Any:
         sizes.append(len(kwargs["input_ids"]))
         if sizes[-1] > 2:
-            raise torch.cuda.OutOfMemoryError("too much")
+            raise error
         return own(**kwargs)
 
     monkeypatch.setattr(model, "generate", small_memory)
     assert generate(model, tokenizer, encoder_for(tokenizer), PROMPTS, max_new_tokens=6) == expected
     assert sizes == [6, 3, 1, 2, 3, 1, 2]
 
-    def no_memory(**_kwargs: Any) -> Any:
-        raise torch.cuda.OutOfMemoryError("nothing fits")
 
-    monkeypatch.setattr(model, "generate", no_memory)
-    with pytest.raises(torch.cuda.OutOfMemoryError, match="nothing fits"):
-        generate(model, tokenizer, encoder_for(tokenizer), PROMPTS, max_new_tokens=6)
+def test_memory_that_runs_out_for_one_prompt_and_other_errors_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    sizes: list[int] = []
+
+    def fails(**kwargs: Any) -> Any:
+        sizes.append(len(kwargs["input_ids"]))
+        raise error
+
+    monkeypatch.setattr(model, "generate", fails)
+    for error, tried in ((ON_GPU, [6, 3, 1]), (RuntimeError("shapes differ"), [6])):
+        sizes.clear()
+        with pytest.raises(RuntimeError, match=str(error)):
+            generate(model, tokenizer, encoder_for(tokenizer), PROMPTS, max_new_tokens=6)
+        assert sizes == tried
+
+
+def test_the_cache_is_gone_before_half_of_the_rows_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    prompts = [f"Write down the number {n:02}" for n in range(MANY)]
+    expected = generate(model, tokenizer, encoder_for(tokenizer), prompts, max_new_tokens=4)
+    own, caches = model.generate, []
+
+    def small_memory(**kwargs: Any) -> Any:
+        if len(kwargs["input_ids"]) > 4:
+            assert not any(cache() for cache in caches)
+            caches.append(weakref.ref(kwargs["past_key_values"]))
+            raise torch.cuda.OutOfMemoryError("too much")
+        return own(**kwargs)
+
+    monkeypatch.setattr(model, "generate", small_memory)
+    assert generate(model, tokenizer, encoder_for(tokenizer), prompts, max_new_tokens=4) == expected
+    assert len(caches) == 3  # 16, 8, 8 rows

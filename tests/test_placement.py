@@ -23,6 +23,7 @@ from pke_fast.dinm import answer_distances
 from pke_fast.editing import Trainer
 from pke_fast.encoding import PromptEncoder
 from pke_fast.errors import EditError, InputError, PatchError
+from pke_fast.evaluating.kept import weights_digest
 from pke_fast.fingerprint import fingerprint
 from pke_fast.generation import generate
 from pke_fast.kernels.sparse_columns import read_columns
@@ -100,6 +101,17 @@ def test_a_spread_model_is_edited_like_any(family, how, tmp_path, monkeypatch):
     result.patch.apply(model)
     with pytest.raises(PatchError, match="already applied"):
         result.patch.apply(model)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_digest_of_weights_says_nothing_of_where_they_are(how, family, tmp_path):
+    model, plain = spread(how, family, tmp_path), tiny_model(family)
+    if how == "the checkpoint":  # its configuration says more
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert weights_digest(model) == weights_digest(plain)
+    edited(model)
+    assert weights_digest(model) != weights_digest(plain)
 
 
 def test_what_lies_on_disk_is_not_written_to(tmp_path):

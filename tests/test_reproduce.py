@@ -11,6 +11,8 @@ import torch
 
 from pke_fast import engine
 from pke_fast.cli import main
+from pke_fast.config import PKEConfig
+from pke_fast.evaluating import reproduce
 from pke_fast.evaluating.reproduce import PUBLISHED, published, safe_name
 from pke_fast.patch import Patch
 from pke_fast.testing import tiny_model, tiny_tokenizer
@@ -91,6 +93,21 @@ def test_vanilla_is_vanilla_and_each_patch_its_own(command: list[str], tmp_path:
     )
 
 
+def test_all_methods_are_asked_in_the_same_way(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int, str]] = []
+    inner = reproduce.workbench
+
+    def watched(model: Any, tokenizer: Any, config: PKEConfig, *rest: Any) -> Any:
+        asked.append((config.system_prompt, config.max_length, config.suffix_system_prompt))
+        return inner(model, tokenizer, config, *rest)
+
+    monkeypatch.setattr(reproduce, "workbench", watched)
+    one = [part for part in command if not part.endswith("model1")]
+    assert main([*one, "--set", "system_prompt=Be kind", "--set", "max_length=200"]) == 0
+    assert [put[:2] for put in asked] == [("Be kind", 200)] * 3
+    assert [bool(put[2]) for put in asked] == [False, True, False]  # DINM has its own suffix
+
+
 def test_other_inputs_are_refused(command: list[str], tmp_path: Path, capsys: Any) -> None:
     assert main([*command, "--methods"]) == 0
     kept = (tmp_path / "out" / "table.md").read_bytes()
@@ -107,6 +124,7 @@ def test_other_inputs_are_refused(command: list[str], tmp_path: Path, capsys: An
 
 def test_published_figures_are_found_by_name() -> None:
     assert published("meta-llama/Meta-Llama-3-8B-Instruct") == PUBLISHED["Llama-3-8b-instruct"]
+    assert published("/models/Meta-Llama-3-8B-Instruct") == PUBLISHED["Llama-3-8b-instruct"]
     assert published("/models/Mistral-7B-Instruct-v0.3") == PUBLISHED["Mistral-7B-Instruct-v0.3"]
     assert published("meta-llama/Llama-2-7b-hf") == PUBLISHED["Llama-2-7b"]
     assert published("meta-llama/Llama-3.1-8B-Instruct") is None

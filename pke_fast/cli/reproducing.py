@@ -29,13 +29,18 @@ def reproduce(options: Namespace) -> None:
             expected="settings of PKE",
             do="DINM has its own: --dinm-set",
         )
-    configs = {"dinm": load_config(overrides=["method=dinm", *options.dinm_set]), "pke": config}
+    same = {"system_prompt": config.system_prompt, "max_length": config.max_length}  # DINM's own suffix stays
+    set_by_user = {text.partition("=")[0].strip() for text in options.dinm_set}
+    dinm = load_config("dinm", options.dinm_set)
+    dinm = dinm.replace(**{name: value for name, value in same.items() if name not in set_by_user})
+    configs = {"dinm": dinm, "pke": config}
     benign = read_prompts(options.benign, options.limit) if options.benign else None
     table = Table(
         read_requests(options.requests, options.limit),
         read_prompts(options.harmful, options.limit),
         benign,
         {name: configs[name] for name in configs if name in options.methods},
+        config,
         judges,
         options.max_new_tokens,
         read_pairs(options.locality, options.limit) if options.locality else None,

@@ -42,6 +42,7 @@ class Table:
 
     Attributes:
         configs: settings by method, "dinm" and "pke"; a method that isn't named is left out.
+        plain: settings by which the unedited model is asked: how prompts are put, and how long they may be.
         judges: names of phrase lists; the first one's rate stands in the table.
         locality: benign pairs that must not move; None: those of the requests, else the shipped prompts.
     """
@@ -50,6 +51,7 @@ class Table:
     harmful: Sequence[str]
     benign: Sequence[str] | None
     configs: Mapping[str, PKEConfig]
+    plain: PKEConfig
     judges: Sequence[str]
     max_new_tokens: int
     locality: Sequence[Pair] | None = None
@@ -60,7 +62,7 @@ class Table:
         locality = None if self.locality is None else [vars(pair) for pair in self.locality]
         content: list[Any] = [
             [weights, method],
-            [requests, locality, self.configs[method].as_dict()] if method in self.configs else None,
+            [requests, locality, self.configs[method].as_dict()] if method in self.configs else _asked(self.plain),
             [list(self.harmful), None if self.benign is None else list(self.benign)],
             [list(self.judges), self.max_new_tokens],
         ]
@@ -91,7 +93,7 @@ def reproduce_model(loaded: LoadedModel, table: Table, out: Path, stages: Stages
 
 def _cell(loaded: LoadedModel, table: Table, method: str, folder: Path, inputs: str, stages: Stages) -> dict[str, Any]:
     patch = None if method == "vanilla" else _patch(loaded, table, method, folder, inputs, stages)
-    config = table.configs.get(method) or PKEConfig()
+    config = table.configs.get(method, table.plain)
     kept = unfinished(folder)
     try:
         with workbench(loaded.model, loaded.tokenizer, config, stages, loaded.name) as bench:
@@ -143,6 +145,10 @@ def _patch(loaded: LoadedModel, table: Table, method: str, folder: Path, inputs:
     return edited.patch
 
 
+def _asked(config: PKEConfig) -> list[Any]:
+    return [config.system_prompt, config.suffix_system_prompt, config.max_length]
+
+
 def _patch_file(folder: Path, inputs: str) -> Path:
     return folder.with_name(f"{folder.name}-{inputs[:12]}.safetensors")
 
@@ -172,7 +178,7 @@ def safe_name(model: str) -> str:
 
 def published(model: str) -> dict[str, float] | None:
     """The paper's figures of a model of that name, in percent; None where it has none."""
-    plain = re.sub(r"[^a-z0-9.]+", "-", model.lower().replace("meta-llama-", ""))
+    plain = re.sub(r"[^a-z0-9.]+", "-", model.lower())
     for name, figures in PUBLISHED.items():
         if name.lower() in plain and not (name == "Llama-2-7b" and "chat" in plain):
             return figures
