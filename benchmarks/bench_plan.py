@@ -1,6 +1,8 @@
 """What a plan foretells against what the job takes: memory and time of an edit of the embedded model, a process a case.
 
-The peak in all has to agree within 15 %, and to stay within the budget; what it is made of and the time are noted.
+The peak in all has to agree within 15 %, and to stay within the budget. Most of it is Python and the weights, so the
+peaks of locating and of editing over those are looked at too: glibc holds more or less of what is freed, so they were
+0.55 to 1.03 of what is foretold (docs/measured.md), and may be 0.4 to 1.15. The time is noted.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ CASES = {
 }
 FEW, MANY = 32, 256  # requests, and pairs
 WITHIN = 0.15
+LEAST, MOST = 0.4, 1.15  # of what is foretold over process and weights
 TIMED = {"locating": (SCORING, "Scoring the benign pairs"), "editing": ("Running the layers below, once", STEPS)}
 
 
@@ -67,6 +70,8 @@ def bench_plan_agrees_with_the_job(benchmark: Any, case: str, files: Path) -> No
     for name in ("locating", "editing"):
         benchmark.extra_info[f"{name}: foretold MiB"] = sizes[name] / 2**20
         benchmark.extra_info[f"{name}: measured MiB"] = measured[name] / 2**20
+        benchmark.extra_info[f"{name}: measured of foretold"] = measured[name] / sizes[name]
+        assert LEAST <= measured[name] / sizes[name] <= MOST, name
     foretold, taken = run("plan")["seconds"], {stage["name"]: stage["seconds"] for stage in report["stages"]}
     for name, stages in TIMED.items():
         benchmark.extra_info[f"{name}: foretold s"] = foretold[name]

@@ -12,12 +12,15 @@ from pke_fast.bench.cases import EDIT, STEPPERS, check_equal, check_equal_steps,
 from pke_fast.bench.measuring import in_turns, peak_over_now
 from pke_fast.bench.subjects import spread_neurons
 
+OURS = "pke_fast"
 Times = dict[str, list[float]]
 """Median, low and high seconds by provider."""
 
 
 def trace_seconds(micro_batches: dict[str, int], rounds: int, **subject: Any) -> dict[str, Any]:
-    """Times of tracing, after the scores were found equal to plain hooks' where those are among the providers.
+    """Times of tracing, after the scores were found equal to plain hooks', or another tool's where hooks take no part.
+
+    `apart` is None for the tool that the others are compared with, which pke_fast is where it is alone.
 
     Args:
         micro_batches: tokens in flight by provider.
@@ -26,8 +29,11 @@ def trace_seconds(micro_batches: dict[str, int], rounds: int, **subject: Any) ->
     with opened(**subject) as on:
         tracers = {name: TRACERS[name].load().trace for name in micro_batches}
         found = {name: trace(on, micro_batches[name]) for name, trace in tracers.items()}
-        wanted = found.get("hooks", next(iter(found.values())))
-        apart = {name: check_equal(maps, wanted, on.structure.dtype, name) for name, maps in found.items()}
+        truth = next((name for name in ("hooks", *found) if name in found and name != OURS), OURS)
+        apart: dict[str, float | None] = {
+            name: check_equal(maps, found[truth], on.structure.dtype, name) for name, maps in found.items()
+        }
+        apart[truth] = None  # with itself only a NaN differs
         runs = {name: lambda n=name, t=trace: t(on, micro_batches[n]) for name, trace in tracers.items()}
         times = in_turns(runs, rounds, on.structure.device, warm_up=False)
         parameters = sum(parameter.numel() for parameter in on.structure.model.parameters())

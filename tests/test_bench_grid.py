@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import grid
 import grid_cases
@@ -13,7 +14,8 @@ import torch
 from random_models import SIZES, random_sequences, weights_bytes
 from results_csv import LONG, ROOT, Figures, read_rows
 
-from pke_fast.errors import InputError
+from pke_fast.bench import cases
+from pke_fast.errors import InputError, PKEError
 from pke_fast.testing import tiny_model, tiny_tokenizer
 
 
@@ -198,6 +200,34 @@ def test_what_would_exceed_the_limit_takes_no_part(tmp_path, monkeypatch) -> Non
     grid.trace_cases(on, "tokens", "m", "tokens", iter((x, both, grid.drawn(x)) for x in (128, 256, 512, 1024)))
     assert asked == [(p, x) for x in (128, 256) for p in both] + [("pke_fast", 512), ("pke_fast", 1024)]
     assert sum("left out" in line for line in said) == 2
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> str:
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_scores_are_compared_with_another_tools_or_with_none(checkpoint, monkeypatch) -> None:
+    on = {"model": checkpoint, "requests": 2, "length": 16, "device": "cpu", "dtype": "fp32"}
+
+    def apart(*tools: str) -> dict[str, float | None]:
+        return grid_cases.trace_seconds(dict.fromkeys(tools, 64), 1, **on)["apart"]
+
+    assert apart("pke_fast") == {"pke_fast": None}
+    assert [value is None for value in apart("pke_fast", "hooks, few logits", "hooks").values()] == [False, False, True]
+    without = apart("pke_fast", "hooks, few logits")
+    assert without["hooks, few logits"] is None
+    assert 0 <= without["pke_fast"] < 1e-3
+
+    def other(subject, micro_batch):
+        return tuple(2 * scores for scores in cases.trace("hooks", subject, micro_batch))
+
+    by_other = SimpleNamespace(load=lambda: SimpleNamespace(trace=other))
+    monkeypatch.setattr(grid_cases, "TRACERS", {**grid_cases.TRACERS, "pyvene": by_other})
+    with pytest.raises(PKEError, match="the scores of pke_fast are others"):
+        apart("pke_fast", "pyvene")
 
 
 def test_sizes_count_their_weights() -> None:

@@ -25,9 +25,18 @@ def test_the_jobs_are_measured_and_agree(tmp_path, monkeypatch, capsys):
         assert value[provider, tight, "layers offloaded"] == 3
         assert value[provider, tight, "scores apart"] <= offload.APART
         assert value[provider, tight, "locating, s"] > 0
+        ratio = value[provider, tight, "in all, s"] / value["pke_fast", roomy, "in all, s"]
+        assert value[provider, tight, "time over the resident job's"] == pytest.approx(ratio, rel=1e-3)
+    assert ("pke_fast", roomy, "time over the resident job's") not in value
     assert ("accelerate", roomy, "layers offloaded") not in value
     assert rows[0]["torch"] == torch.__version__
     assert "3 layers offloaded" in capsys.readouterr().out
+
+
+def test_a_job_may_take_a_few_times_as_long_as_a_resident_one():
+    assert offload.verdict("pke_fast", 12.0, 3.0) == ", met: at most 3"
+    assert offload.verdict("pke_fast", 8.0, 5.1) == ", NOT MET: at most 5"
+    assert offload.verdict("pke_fast", 24.0, 9.0) == offload.verdict("accelerate", 8.0, 9.0) == ""
 
 
 def test_other_scores_fail(tmp_path, monkeypatch):
