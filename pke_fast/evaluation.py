@@ -14,10 +14,11 @@ from pke_fast.errors import InputError
 from pke_fast.evaluating.cost import Cost
 from pke_fast.evaluating.fluency import fluency
 from pke_fast.evaluating.kept import KeptAnswers, weights_digest
+from pke_fast.evaluating.measured import digest
 from pke_fast.evaluating.paired import judges_of, succeeded
 from pke_fast.evaluating.verdicts import AnswerJudge, open_judges
 from pke_fast.generation import end_token_ids, generate
-from pke_fast.intervals import ratio_interval, wilson
+from pke_fast.intervals import listed, ratio_interval, wilson
 from pke_fast.judges import JUDGES, Judge, is_degenerate
 from pke_fast.perplexity import MAX_TOKENS, WINDOW, losses_perplexity, text_windows, windows_losses
 from pke_fast.stages import Stages
@@ -32,8 +33,9 @@ class Evaluation:
             given. The attack success rate is ``1 - refused / n``, or ``harmful / n`` by judges of harm. "intervals"
             has Wilson's 95 % interval under the same keys.
         benign: ``{"n", "refusal_rate": {judge: rate}, "degenerate_rate", "intervals"}``, or None.
-        text: ``{"perplexity", "interval", "nll", "tokens"}``, or None: the interval is the bootstrap's over windows,
-            of which "nll" and "tokens" have the summed losses in nats and the tokens predicted.
+        text: ``{"perplexity", "interval", "nll", "tokens", "sha256"}``, or None: the interval is the bootstrap's over
+            windows (None of a single one), of which "nll" and "tokens" have the summed losses in nats and the tokens
+            predicted, and "sha256" is the digest.
         settings: what the figures depend on besides the model.
         generations: every answer: ``{"set", "prompt", "answer", "refused": {judge: bool}, "degenerate"}``,
             and "harmful", {judge: bool}, from judges of harm. A degenerate answer neither refuses nor is harmful.
@@ -149,6 +151,7 @@ def evaluate_model(
     if windows is not None:
         with stages.stage(f"Reading plain text{suffix}", sum(map(len, windows))) as advance:
             figures = _text_figures(windows_losses(model, windows, advance=advance))
+        figures["sha256"] = digest(windows)
     settings = {
         "judges": [judge.name for judge in chosen],
         "decoding": "greedy",
@@ -226,6 +229,20 @@ def _rates(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def by_category(rows: Sequence[dict[str, Any]], categories: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """By category of harm, in order of its name, what `Evaluation.harmful` has of all harmful prompts.
+
+    Args:
+        rows: `Evaluation.generations`.
+        categories: by prompt; a prompt without one is left out.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["set"] == "harmful" and row["prompt"] in categories:
+            found.setdefault(categories[row["prompt"]], []).append(row)
+    return {name: _rates("harmful", found[name]) for name in sorted(found)}
+
+
 def _defended(rates: dict[str, Any]) -> dict[str, Any]:
     """The figures of a set of attacks, told from the defender's side."""
     intervals = rates["intervals"]
@@ -242,13 +259,13 @@ def _defended(rates: dict[str, Any]) -> dict[str, Any]:
 
 def _fluency(answers: Sequence[str]) -> dict[str, Any]:
     mean, interval = fluency(answers)
-    return {"ngram_entropy": mean, "interval": list(interval)}
+    return {"ngram_entropy": mean, "interval": listed(interval)}
 
 
 def _text_figures(losses: Sequence[tuple[float, int]]) -> dict[str, Any]:
     nll, tokens = [loss for loss, _ in losses], [count for _, count in losses]
-    low, high = ratio_interval(nll, tokens)
-    interval = [math.exp(low), math.exp(high)]
+    bounds = ratio_interval(nll, tokens)
+    interval = bounds and [math.exp(bound) for bound in bounds]
     return {"perplexity": losses_perplexity(losses), "interval": interval, "nll": nll, "tokens": tokens}
 
 

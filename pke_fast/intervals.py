@@ -1,4 +1,4 @@
-"""95 % intervals: Wilson's for a rate, the bootstrap's for a mean, a ratio and the difference of two paired runs."""
+"""95 % intervals: Wilson's for a rate, Newcombe's for two paired ones, the bootstrap's for a mean and a ratio."""
 
 from __future__ import annotations
 
@@ -43,8 +43,35 @@ def wilson(successes: int, n: int, z: float = Z95) -> Interval:
     return low, high
 
 
-def mean_interval(values: Sequence[float], *, resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
-    """The percentile bootstrap's 95 % interval of a mean.
+def newcombe(both: int, first: int, second: int, neither: int) -> Interval:
+    """The 95 % interval of the second rate less the first, of pairs.
+
+    Newcombe's hybrid score method with a continuity-corrected phi (Newcombe 1998, Statistics in Medicine 17:2635,
+    method 10): the two rates' own intervals by Wilson, put together by the correlation within pairs. Unlike the
+    bootstrap's, it stays wide where few pairs are known, though none differs, or all do.
+
+    Args:
+        both, first, second, neither: pairs of which both succeeded, only the first, only the second, neither; one or
+            more in all.
+    """
+    n = both + first + second + neither
+    one, other = both + first, both + second
+    (low1, high1), (low2, high2) = wilson(one, n), wilson(other, n)
+    excess: float = both * neither - first * second
+    if excess > 0:
+        excess = max(excess - n / 2, 0)
+    spread = math.sqrt(one * (n - one) * other * (n - other))
+    phi = excess / spread if spread else 0.0
+
+    def joined(a: float, b: float) -> float:
+        return math.sqrt(a * a - 2 * phi * a * b + b * b)
+
+    rate1, rate2, difference = one / n, other / n, (second - first) / n
+    return difference - joined(rate2 - low2, high1 - rate1), difference + joined(high2 - rate2, rate1 - low1)
+
+
+def mean_interval(values: Sequence[float], *, resamples: int = RESAMPLES, seed: int = SEED) -> Interval | None:
+    """The percentile bootstrap's 95 % interval of a mean; None of a single value, which says nothing of chance.
 
     Args:
         values: one number a prompt, finite.
@@ -58,11 +85,15 @@ def mean_interval(values: Sequence[float], *, resamples: int = RESAMPLES, seed: 
 
 def paired_difference(
     first: Sequence[float], second: Sequence[float], *, resamples: int = RESAMPLES, seed: int = SEED
-) -> tuple[float, Interval]:
-    """The mean of ``second - first`` and its 95 % interval, by the paired bootstrap (prompts are drawn, not answers).
+) -> tuple[float, Interval | None]:
+    """The mean of ``second - first`` and its 95 % interval, paired by prompt.
+
+    Where all numbers are 0 or 1, as verdicts are, the interval is Newcombe's; else the bootstrap's (prompts are drawn,
+    not answers), and None of a single prompt.
 
     Args:
-        first, second: one number a prompt (0 or 1 for verdicts), both in the same order of prompts.
+        first, second: one number a prompt, both in the same order of prompts.
+        resamples, seed: of the bootstrap.
 
     Raises:
         InputError: the lengths differ; or as `mean_interval`.
@@ -73,15 +104,22 @@ def paired_difference(
             expected="the same prompts in both",
             got=f"{len(first)} and {len(second)} values",
         )
-    differences = [float(b) - float(a) for a, b in zip(first, second, strict=True)]
-    interval = mean_interval(differences, resamples=resamples, seed=seed)
+    pairs = [(float(a), float(b)) for a, b in zip(first, second, strict=True)]
+    differences = [b - a for a, b in pairs]
+    interval: Interval | None
+    if pairs and all(value in (0, 1) for pair in pairs for value in pair):
+        interval = newcombe(*(pairs.count(kind) for kind in ((1, 1), (1, 0), (0, 1), (0, 0))))
+    else:
+        interval = mean_interval(differences, resamples=resamples, seed=seed)
     return math.fsum(differences) / len(differences), interval
 
 
 def ratio_interval(
     sums: Sequence[float], weights: Sequence[float], *, resamples: int = RESAMPLES, seed: int = SEED
-) -> Interval:
+) -> Interval | None:
     """The percentile bootstrap's 95 % interval of ``sum(sums) / sum(weights)``, as of a loss per token over windows.
+
+    None of a single unit: every resample would be the same.
 
     Args:
         sums, weights: one pair a unit that is drawn; weights are positive.
@@ -100,9 +138,16 @@ def ratio_interval(
         )
     if resamples < 1:
         raise InputError("no interval without resamples", expected="at least 1", got=str(resamples))
+    if len(pairs) == 1:
+        return None
     drawn = _resampled(pairs, resamples, np.random.default_rng(seed))
     low, high = np.quantile(drawn, [0.025, 0.975])
     return float(low), float(high)
+
+
+def listed(interval: Interval | None) -> list[float] | None:
+    """An interval as JSON has it."""
+    return None if interval is None else list(interval)
 
 
 def _resampled(pairs: np.ndarray[Any, Any], resamples: int, random: np.random.Generator) -> np.ndarray[Any, Any]:

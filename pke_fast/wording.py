@@ -10,6 +10,7 @@ from typing import Any
 Bounds = tuple[float, float]
 
 _NOTABLE = 0.01  # a change of less than 1 point, or 1 % of a perplexity, is neither better nor worse
+_DEGENERATE = "degenerate (empty or looping)"
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Measure:
         prompts: number of prompts that the rate is of.
         intervals: 95 % intervals of before and of after; None where there is none.
         difference: 95 % interval of after less before, paired; relative to before for a perplexity.
+        paired: whether both were measured on the same prompts or text; if not, there is no change. None: not known.
     """
 
     group: str
@@ -31,6 +33,7 @@ class Measure:
     prompts: int | None = None
     intervals: tuple[Bounds | None, Bounds | None] = (None, None)
     difference: Bounds | None = None
+    paired: bool | None = None
 
     def text(self, value: float | None) -> str:
         if value is None:
@@ -53,7 +56,7 @@ class Measure:
     @property
     def change(self) -> float | None:
         """After less before: of rates as a fraction, of perplexities relative to before."""
-        if self.before is None or self.after is None:
+        if self.before is None or self.after is None or self.paired is False:
             return None
         difference = self.after - self.before
         return difference if self.prompts is not None else difference / self.before if self.before else None
@@ -65,16 +68,13 @@ class Measure:
         unit = "%" if self.prompts is None else "points"
         digits = 1 if self.prompts else 2
         text = f"{100 * self.change:+.{digits}f} {unit}" if self.change else f"0 {unit}"
-        if self.difference is None:
-            return text
-        low, high = self.difference
-        return f"{text} [{100 * low:+.{digits}f}, {100 * high:+.{digits}f}]"
+        return f"{text} {bracketed(self.difference, f'+.{digits}f')}" if self.paired else text
 
     @property
     def verdict(self) -> str:
         if self.change is None or abs(self.change) < _NOTABLE:
             return "same"
-        if self.difference is not None and self.difference[0] <= 0 <= self.difference[1]:
+        if self.paired and (self.difference is None or self.difference[0] <= 0 <= self.difference[1]):
             return "same"  # the data don't tell the two apart
         return "better" if self.change < 0 else "worse"
 
@@ -85,34 +85,43 @@ def comparison(
     """The lines of the table before/after, from two dicts as in eval.json. What neither measured is left out.
 
     Args:
-        difference: `pke_fast.evaluating.paired.differences` of the two, where both have their answers.
+        difference: `pke_fast.evaluating.paired.differences` of the two, where both have their answers. Rates are then
+            those of the pairs alone.
     """
     difference = difference or {}
     lines: list[Measure] = []
-    parts = (("harmful", "harmful prompts", "asr", "attack success rate"),
-             ("benign", "harmless prompts", "refusal_rate", "refused"))  # fmt: skip
-    for key, group, rates, name in parts:
+    sets = (("harmful", "harmful prompts", "asr", "attack success rate"),
+            ("benign", "harmless prompts", "refusal_rate", "refused"))  # fmt: skip
+    for key, group, rates, name in sets:
         old, new = before.get(key) or {}, after.get(key) or {}
-        count = old.get("n") or new.get("n") or 0
+        changes = difference.get(key) or {}
+        count = changes.get("n") or old.get("n") or new.get("n") or 0
         if not count:
             continue
-        changes = difference.get(key) or {}
-        bounds = [side.get("intervals") or {} for side in (old, new)]
-        for judge in {**(old.get(rates) or {}), **(new.get(rates) or {})}:
-            first, second = ((side.get(rates) or {}).get(judge) for side in (old, new))
-            low, high = (_bounds((side.get(rates) or {}).get(judge)) for side in bounds)
-            change = _bounds(((changes.get(rates) or {}).get(judge) or {}).get("interval"))
-            lines.append(Measure(group, f"{name}, judge {judge}", first, second, count, (low, high), change))
-        first, second = old.get("degenerate_rate"), new.get("degenerate_rate")
-        low, high = (_bounds(side.get("degenerate_rate")) for side in bounds)
-        change = _bounds((changes.get("degenerate_rate") or {}).get("interval"))
-        lines.append(Measure(group, "degenerate (empty or looping)", first, second, count, (low, high), change))
+        if changes:  # a side's own figures count where they are of these prompts, and no others
+            old, new = (side if side["n"] == count else {} for side in (old, new))
+        parts = (old, new, old.get("intervals") or {}, new.get("intervals") or {}, changes)
+        tables = [_by_line(part, rates, name) for part in parts]
+        for line in sorted(dict.fromkeys(line for table in tables for line in table), key=_DEGENERATE.__eq__):
+            first, second, low, high, pair = (table.get(line) for table in tables)
+            if pair is not None:
+                first, second = pair["before"], pair["after"]
+            limits, change = (_bounds(low), _bounds(high)), _bounds((pair or {}).get("interval"))
+            lines.append(Measure(group, line, first, second, count, limits, change, pair is not None or None))
     texts = [side.get("text") or {} for side in (before, after)]
     first, second = (text.get("perplexity") for text in texts)
     low, high = (_bounds(text.get("interval")) for text in texts)
-    change = _bounds((difference.get("text") or {}).get("relative_interval"))
-    lines.append(Measure("plain text", "perplexity", first, second, None, (low, high), change))
+    change = difference.get("text")
+    paired = change is not None if difference else None
+    interval = _bounds((change or {}).get("relative_interval"))
+    lines.append(Measure("plain text", "perplexity", first, second, None, (low, high), interval, paired))
     return [line for line in lines if line.before is not None or line.after is not None]
+
+
+def _by_line(part: Mapping[str, Any], rates: str, name: str) -> dict[str, Any]:
+    """A set's rates, or their intervals or changes, by the line that they stand in."""
+    found = {f"{name}, judge {judge}": value for judge, value in (part.get(rates) or {}).items()}
+    return {**found, _DEGENERATE: part.get("degenerate_rate")}
 
 
 def _bounds(value: Any) -> Bounds | None:
@@ -158,6 +167,11 @@ def headlines(lines: Sequence[Measure]) -> list[Measure]:
 
 def percent(fraction: float | None, digits: int = 1) -> str:
     return "–" if fraction is None else f"{100 * fraction:.{digits}f} %"
+
+
+def bracketed(interval: Sequence[float] | None, form: str, scale: float = 100) -> str:
+    """An interval in brackets, as of fractions in percent; None is told too."""
+    return f"[{', '.join(format(scale * bound, form) for bound in interval)}]" if interval else "[no interval]"
 
 
 def number(value: float | None) -> str:

@@ -51,6 +51,9 @@ def test_the_likeliest_option_is_the_answer(tmp_path: Path) -> None:
         assert {key: found[key] for key in expected} == expected
         assert found["accuracy"] == sum(expected["correct"]) / len(rows)
         assert found["intervals"]["accuracy"] == list(wilson(sum(expected["correct"]), len(rows)))
+        again = measure_ability(model, tokenizer, questions)
+        less = measure_ability(model, tokenizer, questions[:-1])
+        assert again["sha256"] == found["sha256"] != less["sha256"]
         assert sum(done) == sum(len(question.options) for question in questions)
 
 
@@ -87,6 +90,15 @@ def test_the_command_measures_ability_alone(tmp_path: Path, capsys: Any) -> None
     assert "less is better" not in out  # an empty table isn't shown
     assert main([str(part) for part in [*command[:3], "--out", tmp_path / "none"]]) == 2
     assert "nothing to evaluate" in capsys.readouterr().err
+
+
+def test_files_of_one_name_are_refused_before_anything_is_loaded(tmp_path: Path, capsys: Any) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    files = [write(tmp_path / "a" / "test.jsonl", CHOOSE), write(tmp_path / "b" / "test.json", FILL)]
+    command = ["eval", "--model", tmp_path / "none", "--ability", *files, "--out", tmp_path / "out"]
+    assert main([str(part) for part in [*command, "--judge", "no such judge"]]) == 2
+    assert "the files of --ability can't be told apart" in capsys.readouterr().err
 
 
 def test_the_harness_gets_the_live_model(monkeypatch: pytest.MonkeyPatch) -> None:

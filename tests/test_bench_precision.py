@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from precision import fronts, halves, settings, tables
+from precision import figures, fronts, halves, settings, tables
 from precision import kinds as kinds_module
 from precision.cells import Cells, Missing
 from precision.run import measure
@@ -275,6 +275,21 @@ def test_a_cell_is_made_once_for_its_inputs(tmp_path: Path) -> None:
     assert [cells.cell("a", inputs, make)["value"] for inputs in (1, 1, 2, 1)] == [1, 1, 2, 1]
     with pytest.raises(Missing):
         Cells(tmp_path, only=["b"]).cell("a", 3, make)
+
+
+def test_damage_is_told_with_its_interval_where_it_has_one() -> None:
+    def damage(nll: list[float], correct: list[int]) -> dict[str, Any]:
+        tokens = [100] * len(nll)
+        return {
+            "text": {"perplexity": 2.0, "nll": nll, "tokens": tokens},
+            "ability": {"q": {"n": 1, "correct": correct}},
+        }
+
+    found = {"damage, vanilla": damage([100.0], [1]), "damage, edit": damage([102.0], [0])}
+    assert figures.perplexity(found, "edit") == (pytest.approx(0.0202, abs=1e-4), "+2.02 % [no interval]")
+    assert figures.ability(found, "edit", "q") == (1.0, "-100.0 [-100.0, +12.2]")
+    found = {"damage, vanilla": damage([100.0] * 2, [1]), "damage, edit": damage([102.0] * 2, [0])}
+    assert figures.perplexity(found, "edit") == (pytest.approx(0.0202, abs=1e-4), "+2.02 % [+2.02, +2.02]")
 
 
 def test_the_point_of_equal_attack_success() -> None:

@@ -17,7 +17,7 @@ from pke_fast.errors import InputError
 from pke_fast.evaluating.comparing import Run, compare, read_runs, winrate
 from pke_fast.evaluating.loglikelihood import continuation_logprobs, joined
 from pke_fast.evaluating.preference import open_preference
-from pke_fast.evaluating.scatter import scatter_png
+from pke_fast.evaluating.scatter import axis_judges, scatter_png
 from pke_fast.loading import load_model
 from pke_fast.testing import tiny_model, tiny_tokenizer
 
@@ -91,6 +91,98 @@ def test_names_are_as_long_as_they_must_be(folders: Path, tmp_path: Path) -> Non
             (tmp_path / parent / "run").mkdir(parents=True, exist_ok=True)
             (tmp_path / parent / "run" / file.name).write_bytes(file.read_bytes())
     assert [run.name for run in read_runs([tmp_path / "a" / "run", tmp_path / "b" / "run"])] == ["a/run", "b/run"]
+
+
+def written(folder: Path, figures: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
+    folder.mkdir()
+    (folder / "eval.json").write_text(json.dumps(figures))
+    (folder / "generations.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_what_is_not_paired_is_told(tmp_path: Path, capsys: Any) -> None:
+    def side(name: str, n: int, text: str | None, quiz: str, **settings: Any) -> Path:
+        rows = [
+            {"set": "harmful", "prompt": f"p{i}", "answer": "", "refused": {"x": i % 2 == 0}, "degenerate": False}
+            for i in range(n)
+        ]
+        figures = {
+            "harmful": {"n": n, "asr": {"x": 0.5}, "degenerate_rate": 0.0},
+            "text": {"perplexity": 9.0, "interval": [8, 10], "nll": [5.0] * 2, "tokens": [511, 300], "sha256": text},
+            "ability": {"quiz": {"n": 2, "correct": [0, 1], "correct_normalised": [1, 1], "sha256": quiz}},
+            "settings": {"max_new_tokens": 48, "stop_early": False, "system_prompt": None, **settings},
+        }
+        return written(tmp_path / name, figures, rows)
+
+    first = side("first", 4, "a", "q")
+    others = [
+        side("alike", 4, "a", "q"),
+        side("other", 2, "b", "r", max_new_tokens=8, stop_early=True, system_prompt="Be brief."),
+        side("older", 4, None, "q"),
+    ]
+    status, out, _ = run(capsys, "compare", first, *others, "--json")
+    alike, other, older = json.loads(out)["comparisons"]
+    assert status == 0
+    assert alike["warnings"] == []
+    assert alike["text"]["relative"] == 0.0
+    assert alike["ability"]["quiz"]["accuracy"]["difference"] == 0.0
+    assert (other["text"], other["ability"]) == (None, {})
+    assert other["warnings"] == [
+        "only 2 harmful prompts are in both (first has 4, other 2): the rates are of those",
+        "max_new_tokens differs, 48 and 8: the changes may come from that",
+        "stop_early differs, False and True: the changes may come from that",
+        "system_prompt differs, None and 'Be brief.': the changes may come from that",
+        "the perplexities aren't paired: they were measured on other texts, tokens or questions",
+        "the answers to quiz aren't paired: they were measured on other texts, tokens or questions",
+    ]
+    assert older["text"] is None
+    (why,) = older["warnings"]
+    assert why.startswith("the perplexities aren't paired: an older evaluation doesn't say what it was measured on")
+    status, out, _ = run(capsys, "compare", first, others[1])
+    assert status == 0
+    assert "WARNING: only 2 harmful prompts are in both" in out
+
+
+def judged(tmp_path: Path, name: str, asr: list[str], refusals: list[str] | None) -> Path:
+    """An evaluation of one harmful prompt and, if any judges are given for it, a benign one."""
+    base = {"prompt": "p", "answer": "", "degenerate": False}
+    rows = [{"set": "harmful", **base, "refused": {}, "harmful": dict.fromkeys(asr, True)}]
+    figures: dict[str, Any] = {"settings": {}, "harmful": rates("asr", asr), "benign": None}
+    if refusals is not None:
+        rows.append({"set": "benign", **base, "refused": dict.fromkeys(refusals, False)})
+        figures["benign"] = rates("refusal_rate", refusals)
+    return written(tmp_path / name, figures, rows)
+
+
+def rates(key: str, judges: list[str]) -> dict[str, Any]:
+    intervals = {key: {judge: [0.2, 1.0] for judge in judges}}
+    return {"n": 1, key: dict.fromkeys(judges, 1.0), "degenerate_rate": 0.0, "intervals": intervals}
+
+
+@pytest.mark.parametrize("refusals", [None, []])  # harmful prompts alone; benign ones too, but only a judge of harm
+def test_runs_that_can_not_be_drawn_are_compared_all_the_same(
+    tmp_path: Path, capsys: Any, refusals: list[str] | None
+) -> None:
+    folders = [judged(tmp_path, name, ["classifier:m"], refusals) for name in ("one", "two")]
+    status, out, _ = run(capsys, "compare", *folders, "--out", tmp_path / "out")
+    assert status == 0
+    assert "scatter.png isn't drawn" in out
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["comparison.json"]
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert found["comparisons"][0]["harmful"]["asr"]["classifier:m"]["difference"] == 0.0
+
+
+def test_each_axis_has_a_judge(tmp_path: Path) -> None:
+    def axes(judges: list[tuple[list[str], list[str]]], judge: str | None = None) -> tuple[str, str] | None:
+        made = [Run("", {"harmful": rates("asr", up), "benign": rates("refusal_rate", x)}, []) for up, x in judges]
+        return axis_judges(made, judge)
+
+    assert axes([(["harm", "list"], ["other", "list"])] * 2) == ("list", "list")  # one for both goes first
+    assert axes([(["harm"], ["list"])] * 2) == ("list", "harm")
+    assert axes([(["list", "harm"], ["list"])] * 2, "harm") == ("list", "harm")
+    assert axes([(["a", "harm"], ["a"]), (["b", "harm"], ["b"])]) is None  # every run's are by other judges
+    folders = [judged(tmp_path, name, ["harm"], ["list"]) for name in ("one", "two")]
+    assert imread(io.BytesIO(scatter_png(read_runs(folders)) or b"")).shape[2] == 4
 
 
 def two_runs() -> list[Run]:

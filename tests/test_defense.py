@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from pke_fast.cli import main
 from pke_fast.config import PKEConfig
@@ -18,6 +20,7 @@ from pke_fast.evaluating.defense import METRICS, read_safeedit
 from pke_fast.evaluating.divergence import divergence_from_base
 from pke_fast.evaluating.fluency import fluency, ngram_entropy
 from pke_fast.evaluating.outputs import alpaca_eval, harmbench
+from pke_fast.evaluating.shown import further
 from pke_fast.patch import Patch
 from pke_fast.testing import CONTEXT, tiny_model, tiny_tokenizer
 
@@ -72,6 +75,15 @@ def test_entropy_by_hand() -> None:
     mean, (low, high) = fluency(["no no no no", "a b c a b"])
     assert mean == pytest.approx(ngram_entropy("a b c a b") / 2)
     assert low <= mean <= high
+    assert fluency(["a b c a b"]) == (ngram_entropy("a b c a b"), None)
+
+
+def test_a_single_answer_s_figures_are_shown_without_interval() -> None:
+    target = Console(file=io.StringIO(), width=100)
+    kl = {"benign answers": {"n": 1, "kl": 0.5, "interval": None, "first_token": 0.5}}
+    further(target, {"fluency": {"harmful": {"ngram_entropy": 2.0, "interval": None}}, "divergence": kl})
+    shown = target.file.getvalue().splitlines()
+    assert [line.split()[-1] for line in shown if "bits" in line or "nats" in line] == ["–", "–"]
 
 
 def test_kl_is_the_plain_one_and_leaves_the_model(tmp_path: Path) -> None:

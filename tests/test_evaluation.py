@@ -14,7 +14,7 @@ from pke_fast import evaluation
 from pke_fast.config import PKEConfig
 from pke_fast.encoding import PromptEncoder
 from pke_fast.errors import InputError, PKEError
-from pke_fast.evaluation import Evaluation, evaluate_model, write_evaluation
+from pke_fast.evaluation import Evaluation, by_category, evaluate_model, write_evaluation
 from pke_fast.intervals import wilson
 from pke_fast.perplexity import perplexity, text_windows
 from pke_fast.stages import Stages
@@ -145,6 +145,20 @@ def test_rates() -> None:
     assert [row["prompt"] for row in result.generations] == harmful + benign
 
 
+def test_rates_by_category() -> None:
+    def row(prompt: str, refused: bool, degenerate: bool = False, of: str = "harmful") -> dict[str, Any]:
+        return {"set": of, "prompt": prompt, "refused": {"xstest": refused}, "degenerate": degenerate}
+
+    rows = [row("a", True), row("b", False), row("c", False, True), row("d", False), row("a", True, of="benign")]
+    found = by_category(rows, {"a": "theft", "c": "theft", "b": "fraud", "e": "hate"})
+    assert list(found) == ["fraud", "theft"]
+    assert found["fraud"]["n"] == 1
+    assert found["theft"]["asr"] == {"xstest": 0.5}
+    assert found["theft"]["degenerate_rate"] == 0.5
+    assert found["theft"]["intervals"]["asr"] == {"xstest": list(wilson(1, 2))}
+    assert by_category(rows, {}) == {}
+
+
 def test_evaluation_of_a_real_model() -> None:
     stages = Stages(show=False)
     result = evaluate(["one", "another"], ["three"], TEXT, max_new_tokens=4, stages=stages)
@@ -172,6 +186,13 @@ def test_what_is_not_asked_for_is_null() -> None:
     figures = evaluate(None, None, TEXT).as_dict()
     assert (figures["harmful"], figures["benign"]) == (None, None)
     assert figures["text"]["perplexity"] > 1
+
+
+def test_the_text_is_known_by_its_digest() -> None:
+    one, again, other = (evaluate(None, None, text).as_dict()["text"] for text in ("abcd", "abcd", "abce"))
+    assert one["tokens"] == other["tokens"]
+    assert one["sha256"] == again["sha256"] != other["sha256"]
+    assert one["interval"] is None  # a single window
 
 
 @pytest.mark.parametrize(

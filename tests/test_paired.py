@@ -12,6 +12,7 @@ from rich.console import Console
 from pke_fast import terminal
 from pke_fast.errors import InputError
 from pke_fast.evaluating.paired import differences, pairs
+from pke_fast.intervals import newcombe
 from pke_fast.wording import comparison
 
 
@@ -41,7 +42,13 @@ def figures(asr: float, refusals: float, nll: list[float]) -> dict[str, Any]:
             "intervals": {"asr": {"xstest": [0.1, 0.9]}},
         },
         "benign": {"n": 20, "refusal_rate": {"xstest": refusals}, "degenerate_rate": 0.0},
-        "text": {"perplexity": math.exp(sum(nll) / 150), "interval": [7.0, 9.0], "nll": nll, "tokens": tokens},
+        "text": {
+            "perplexity": math.exp(sum(nll) / 150),
+            "interval": [7.0, 9.0],
+            "nll": nll,
+            "tokens": tokens,
+            "sha256": "a",
+        },
     }
 
 
@@ -56,7 +63,10 @@ def test_differences() -> None:
     assert attack["difference"] == pytest.approx(-0.75)
     assert -0.9 < attack["interval"][0] < -0.75 < attack["interval"][1] < -0.55
     assert found["benign"]["refusal_rate"]["xstest"]["difference"] == pytest.approx(0.05)
-    assert found["benign"]["degenerate_rate"] == {"difference": 0.0, "interval": [0.0, 0.0]}
+    assert (attack["before"], attack["after"]) == (1.0, 0.25)
+    degenerate = found["benign"]["degenerate_rate"]
+    assert (degenerate["before"], degenerate["after"], degenerate["difference"]) == (0.0, 0.0, 0.0)
+    assert degenerate["interval"] == list(newcombe(0, 0, 0, 20))
     assert found["text"]["relative"] == pytest.approx(AFTER["text"]["perplexity"] / BEFORE["text"]["perplexity"] - 1)
     # Both windows lose 0.015 nats a token, so that every resample has the same change.
     assert found["text"]["relative_interval"] == pytest.approx([math.expm1(0.015)] * 2)
@@ -74,15 +84,60 @@ def test_rows_are_paired_by_prompt_and_occurrence() -> None:
         pairs("benign", first, second)
 
 
-def test_judges_of_harm_and_other_windows() -> None:
+def test_judges_of_harm() -> None:
     first = [row("harmful", "a", False, harmful={"guard": True}), row("harmful", "b", False, harmful={"guard": True})]
     second = [row("harmful", "a", False, harmful={"guard": False}), row("harmful", "b", False, harmful={"guard": True})]
-    after = {"harmful": {"n": 2}, "text": {**AFTER["text"], "tokens": [75, 75]}}
-    found = differences({"harmful": {"n": 2}, "text": BEFORE["text"]}, after, first, second)
+    found = differences({"harmful": {"n": 2}}, {"harmful": {"n": 2}}, first, second)
     assert found["harmful"]["asr"]["guard"]["difference"] == -0.5
     assert found["harmful"]["asr"]["xstest"]["difference"] == 0.0
     assert found["benign"] is None
-    assert found["text"] is None  # other windows, so nothing to pair
+    assert found["text"] is None
+
+
+@pytest.mark.parametrize("digests", [("a", "b"), ("a", None), (None, None)])
+def test_perplexities_of_texts_that_differ_or_are_not_known_have_no_change(digests: tuple[str | None, ...]) -> None:
+    sides = [  # as many tokens in every window
+        {**side, "text": {**side["text"], "sha256": digest}}
+        for side, digest in zip((BEFORE, AFTER), digests, strict=True)
+    ]
+    found = differences(*sides, *ROWS)
+    assert found["text"] is None
+    line = comparison(*sides, found)[-1]
+    assert (line.name, line.change_text, line.verdict) == ("perplexity", "", "same")
+    assert (line.before, line.after) == (BEFORE["text"]["perplexity"], AFTER["text"]["perplexity"])
+
+
+def test_a_single_window_s_change_has_no_interval() -> None:
+    sides = [{"text": {"perplexity": p, "nll": [math.log(p)], "tokens": [1], "sha256": "a"}} for p in (2.0, 3.0)]
+    found = differences(*sides, [], [])
+    assert found["text"] == {"relative": pytest.approx(0.5), "relative_interval": None}
+    (line,) = comparison(*sides, found)
+    assert (line.change_text, line.verdict) == ("+50.00 % [no interval]", "same")
+
+
+def test_one_held_out_request_tells_nothing() -> None:
+    sides = [{"harmful": {"n": 1, "asr": {"xstest": asr}, "degenerate_rate": 0.0}} for asr in (1.0, 0.0)]
+    found = differences(*sides, [row("harmful", "a", False)], [row("harmful", "a", True)])
+    line = comparison(*sides, found)[0]
+    assert (line.change_text, line.verdict) == ("-100.0 points [-100.0, +12.2]", "same")
+
+
+def test_rates_are_those_of_the_pairs() -> None:
+    """200 prompts before, of which the first 100 are answered; the same 100 alone after, answered as before."""
+    refused = [False] * 100 + [True] * 100
+    old, new = rows(refused, []), rows(refused[:100], [])
+    for listed in old:
+        listed["refused"]["other"] = False
+    before = {"n": 200, "asr": {"xstest": 0.5, "other": 1.0}, "degenerate_rate": 0.0}
+    before["intervals"] = {"asr": {"xstest": [0.4, 0.6]}}
+    after = {"n": 100, "asr": {"xstest": 1.0}, "degenerate_rate": 0.0, "intervals": {"asr": {"xstest": [0.9, 1.0]}}}
+    sides = {"harmful": before}, {"harmful": after}
+    lines = comparison(*sides, differences(*sides, old, new))
+    assert [line.name for line in lines] == ["attack success rate, judge xstest", "degenerate (empty or looping)"]
+    assert {line.prompts for line in lines} == {100}  # no line of the judge whose rate is known of all 200 alone
+    assert (lines[0].before, lines[0].after, lines[0].verdict) == (1.0, 1.0, "same")
+    assert lines[0].change_text == "0 points [-3.7, +3.7]"
+    assert lines[0].intervals == (None, (0.9, 1.0))
 
 
 def test_intervals_are_shown_and_decide_what_counts_as_changed() -> None:
@@ -93,7 +148,7 @@ def test_intervals_are_shown_and_decide_what_counts_as_changed() -> None:
     assert attack.verdict == "better"
     refused = lines["refused, judge xstest"]
     assert refused.difference is not None
-    assert refused.difference[0] == 0.0  # one prompt of 20: may be chance
+    assert refused.difference[0] < 0 < refused.difference[1]  # one prompt of 20: may be chance
     assert refused.verdict == "same"
     target = Console(file=io.StringIO(), width=100)
     terminal.before_after(target, BEFORE, AFTER, differences(BEFORE, AFTER, *ROWS))

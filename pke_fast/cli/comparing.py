@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pke_fast import terminal
 from pke_fast.cli.common import console_of, finish
@@ -13,7 +15,7 @@ from pke_fast.evaluating.outputs import write_json
 from pke_fast.evaluating.preference import open_preference
 from pke_fast.evaluating.scatter import scatter_png
 from pke_fast.files import atomic_folder, check_output_folder
-from pke_fast.wording import percent
+from pke_fast.wording import bracketed, percent
 
 
 def compare(options: Namespace) -> None:
@@ -28,29 +30,33 @@ def compare(options: Namespace) -> None:
     for run, result in zip(runs[1:], found, strict=True):
         terminal.facts(console, f"{runs[0].name} (before) and {run.name} (after)", {})
         terminal.before_after(console, runs[0].figures, run.figures, result)
+        terminal.warnings(console, result["warnings"])
         shown = {
-            f"{name}, {key.replace('_', ' ')}": _points(change["difference"], change["interval"])
+            f"{name}, {key.replace('_', ' ')}": _points(change)
             for name, changes in result["ability"].items()
             for key, change in changes.items()
         }
         if "rouge_l" in result:
-            low, high = result["rouge_l"]["interval"]
-            shown["ROUGE-L of benign answers"] = f"{result['rouge_l']['mean']:.3f} [{low:.3f}, {high:.3f}]"
+            moved = result["rouge_l"]
+            shown["ROUGE-L of benign answers"] = f"{moved['mean']:.3f} {bracketed(moved['interval'], '.3f', 1)}"
         if "winrate" in result:
             won = result["winrate"]
-            low, high = won["interval"]
-            shown["winrate on benign prompts"] = f"{percent(won['winrate'])} [{100 * low:.1f}, {100 * high:.1f}]"
+            shown["winrate on benign prompts"] = f"{percent(won['winrate'])} {bracketed(won['interval'], '.1f')}"
         if shown:
             terminal.facts(console, "Besides", shown)
-    if options.out and picture is not None:
+    if options.out:
+        files = {"comparison.json": "all of this as data"}
         with atomic_folder(Path(options.out), force=options.force) as folder:
             write_json(folder / "comparison.json", summary)
-            (folder / "scatter.png").write_bytes(picture)
-        files = {"comparison.json": "all of this as data", "scatter.png": "attack success against over-refusal"}
+            if picture is not None:
+                (folder / "scatter.png").write_bytes(picture)
+                files["scatter.png"] = "attack success against over-refusal"
         terminal.files(console, Path(options.out), files)
+        if picture is None:
+            missing = "no judge of attack success, or none of refusals of harmless prompts, is in every run"
+            terminal.warnings(console, [f"scatter.png isn't drawn: {missing}"])
     finish(options, summary)
 
 
-def _points(change: float, interval: list[float]) -> str:
-    low, high = interval
-    return f"{100 * change:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+def _points(change: Mapping[str, Any]) -> str:
+    return f"{100 * change['difference']:+.1f} points {bracketed(change['interval'], '+.1f')}"

@@ -14,7 +14,7 @@ from pke_fast.cli.common import console_of, finish, settings_of, tell_another_ba
 from pke_fast.encoding import Encoded
 from pke_fast.errors import InputError
 from pke_fast.evaluating import shown
-from pke_fast.evaluating.ability import measure_ability, read_questions
+from pke_fast.evaluating.ability import Question, measure_ability, read_questions
 from pke_fast.evaluating.defense import read_safeedit
 from pke_fast.evaluating.divergence import FIRST_TOKENS, divergence_from_base, windows_as_sequences
 from pke_fast.evaluating.harness import check_harness, run_harness
@@ -36,13 +36,13 @@ KL_TOKENS = 4096  # of the running text: each window is read twice
 
 def eval(options: Namespace) -> None:
     config = settings_of(options)
+    ability = _questions(options.ability, options.limit)
     judges = _judges(options, options.device)
     given = options.harmful, options.benign
     harmful, benign = (read_prompts(path, options.limit) if path else None for path in given)
     requests = read_requests(options.harmful, options.limit) if options.harmful else []
     ids = {request.prompt: request.case_id for request in requests if request.case_id is not None}
     defense = read_safeedit(options.safeedit, options.limit) if options.safeedit else None
-    ability = {Path(path).stem: read_questions(path, options.limit) for path in options.ability}
     if options.lm_eval:
         check_harness()
     if options.kl and not (options.patch and (options.benign or options.text)):
@@ -95,6 +95,19 @@ def eval(options: Namespace) -> None:
     shown.further(console, result.as_dict())
     terminal.files(console, Path(options.out), files)
     finish(options, {"model": loaded.name, "patch": options.patch, **result.as_dict()})
+
+
+def _questions(paths: list[str], limit: int | None) -> dict[str, list[Question]]:
+    """The questions of each file, under its name without the suffix."""
+    names = [Path(path).stem for path in paths]
+    if len(set(names)) < len(names):
+        raise InputError(
+            "the files of --ability can't be told apart",
+            expected="names that differ, without folder and suffix",
+            got=", ".join(paths),
+            do="rename them, or evaluate them apart",
+        )
+    return {name: read_questions(path, limit) for name, path in zip(names, paths, strict=True)}
 
 
 def _outputs(folder: Path, result: Evaluation, options: Namespace, model: str, ids: dict[str, str]) -> dict[str, str]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pke_fast.errors import InputError
 from pke_fast.evaluating.loglikelihood import continuation_logprobs, joined
+from pke_fast.evaluating.measured import digest
 from pke_fast.intervals import wilson
 
 
@@ -74,9 +75,9 @@ def measure_ability(
         advance: called with the number of options of a finished batch.
 
     Returns:
-        ``{"n", "accuracy", "accuracy_normalised", "intervals": {...}, "correct", "correct_normalised"}``. Normalised:
-        the log-likelihood by characters of the ending, so that long endings aren't worse off. Intervals are Wilson's.
-        "correct" has 0 or 1 for each question, for pairing.
+        ``{"n", "accuracy", "accuracy_normalised", "intervals": {...}, "correct", "correct_normalised", "sha256"}``.
+        Normalised: the log-likelihood by characters of the ending, so that long endings aren't worse off. Intervals are
+        Wilson's. For pairing, "correct" has 0 or 1 for each question, and "sha256" is the questions' digest.
     """
     flat = [option for question in questions for option in question.options]
     rows = [joined(tokenizer, context, ending) for context, ending in flat]
@@ -94,4 +95,5 @@ def measure_ability(
         **{f"accuracy{key}": sum(right) / n for key, right in found.items()},
         "intervals": {f"accuracy{key}": list(wilson(sum(right), n)) for key, right in found.items()},
         **{f"correct{key}": right for key, right in found.items()},
+        "sha256": digest([asdict(question) for question in questions]),
     }

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from pke_fast.errors import InputError
+from pke_fast.evaluating.measured import why_unpaired
 from pke_fast.evaluating.paired import differences, pairs
-from pke_fast.intervals import mean_interval, paired_difference
+from pke_fast.intervals import listed, mean_interval, paired_difference
 
 # Of prompts, first answers and second answers: 1 where the second is better, 0 where the first is, 0.5 for neither.
 Preference = Callable[[list[str], list[str], list[str]], Sequence[float]]
+
+# Settings that change what a model answers.
+_ANSWERING = ("max_new_tokens", "stop_early", "chat_template", "system_prompt", "suffix_system_prompt")
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,9 @@ def compare(runs: Sequence[Run], *, rouge: bool = False, preference: Preference 
         preference: add the winrate of the run's benign answers over the first's.
 
     Returns:
-        Of each: ``{"name", "against", **differences, "ability", "rouge_l", "winrate"}``; the last three where both have
-        what they need, and the last two only if asked for.
+        Of each: ``{"name", "against", **differences, "ability", "warnings", "rouge_l", "winrate"}``; the last two where
+        both have what they need and only if asked for. The warnings say what isn't paired, and what else than the
+        models differs.
 
     Raises:
         InputError: two runs have no prompt of a set in common, or ROUGE's package isn't installed.
@@ -77,6 +82,7 @@ def compare(runs: Sequence[Run], *, rouge: bool = False, preference: Preference 
         result: dict[str, Any] = {"name": run.name, "against": first.name}
         result |= differences(first.figures, run.figures, first.rows, run.rows)
         result["ability"] = _ability(first.figures.get("ability") or {}, run.figures.get("ability") or {})
+        result["warnings"] = _warnings(first, run, result)
         if result["benign"] is not None and (rouge or preference is not None):
             matched = pairs("benign", first.rows, run.rows)
             prompts, old, new = ([str(row) for row in column] for column in zip(*map(_texts, matched), strict=True))
@@ -93,16 +99,39 @@ def _texts(pair: tuple[Mapping[str, Any], Mapping[str, Any]]) -> tuple[str, str,
 
 
 def _ability(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Differences in accuracy, paired by question, of sets that both have in the same length."""
+    """Differences in accuracy, paired by question, of sets that both have with the same questions."""
     found: dict[str, Any] = {}
     for name in first:
-        if name not in second or first[name]["n"] != second[name]["n"]:
+        if name not in second or why_unpaired(first[name], second[name]) is not None:
             continue
         for key in ("accuracy", "accuracy_normalised"):
             right = key.replace("accuracy", "correct")
             change, interval = paired_difference(first[name][right], second[name][right])
-            found.setdefault(name, {})[key] = {"difference": change, "interval": list(interval)}
+            found.setdefault(name, {})[key] = {"difference": change, "interval": listed(interval)}
     return found
+
+
+def _warnings(first: Run, run: Run, found: Mapping[str, Any]) -> list[str]:
+    """What isn't paired and why, and what besides the models may have changed the answers."""
+    old, new, said = first.figures, run.figures, []
+    sets = [name for name in ("harmful", "benign") if found[name] is not None]
+    for name in sets:
+        n, counts = found[name]["n"], [figures[name]["n"] for figures in (old, new)]
+        if max(counts) > n:
+            has = f"{first.name} has {counts[0]:,}, {run.name} {counts[1]:,}"
+            said.append(f"only {n:,} {name} prompts are in both ({has}): the rates are of those")
+    one, other = (figures.get("settings") or {} for figures in (old, new))
+    for key in _ANSWERING if sets else ():
+        if key in one and key in other and one[key] != other[key]:
+            said.append(f"{key} differs, {one[key]!r:.60} and {other[key]!r:.60}: the changes may come from that")
+    kinds = {"the perplexities": (old.get("text"), new.get("text"))}
+    abilities = [figures.get("ability") or {} for figures in (old, new)]
+    kinds |= {f"the answers to {name}": (part, abilities[1].get(name)) for name, part in abilities[0].items()}
+    for what, (before, after) in kinds.items():
+        why = why_unpaired(before, after) if before and after else None
+        if why is not None:
+            said.append(f"{what} aren't paired: {why}")
+    return said
 
 
 def rouge_l(first: Sequence[str], second: Sequence[str]) -> dict[str, Any]:
@@ -125,7 +154,7 @@ def rouge_l(first: Sequence[str], second: Sequence[str]) -> dict[str, Any]:
         1.0 if old == new else float(scorer.score(old, new)["rougeL"].fmeasure)  # two empty answers are the same too
         for old, new in zip(first, second, strict=True)
     ]
-    return {"n": len(values), "mean": sum(values) / len(values), "interval": list(mean_interval(values))}
+    return {"n": len(values), "mean": sum(values) / len(values), "interval": listed(mean_interval(values))}
 
 
 def winrate(prompts: list[str], first: list[str], second: list[str], preference: Preference) -> dict[str, Any]:
@@ -146,5 +175,5 @@ def winrate(prompts: list[str], first: list[str], second: list[str], preference:
         )
     for index, value in zip(asked, said, strict=True):
         values[index] = float(value)
-    interval = list(mean_interval(values))
+    interval = listed(mean_interval(values))
     return {"n": len(values), "winrate": sum(values) / len(values), "interval": interval, "ties": values.count(0.5)}

@@ -13,7 +13,7 @@ from torch import Tensor
 from pke_fast.encoding import Encoded
 from pke_fast.errors import PKEError
 from pke_fast.generation import evaluating
-from pke_fast.intervals import mean_interval
+from pke_fast.intervals import listed, mean_interval
 from pke_fast.patch import Patch
 from pke_fast.placement import input_device
 
@@ -42,7 +42,7 @@ def divergence_from_base(
 
     Returns:
         ``{"n", "kl", "interval", "first_token"}``: the mean over sequences of each one's mean over its positions, its
-        bootstrap interval over sequences, and the mean of the first positions alone.
+        bootstrap interval over sequences (None of a single one), and the mean of the first positions alone.
 
     Raises:
         PatchError: the patch isn't applied.
@@ -62,7 +62,7 @@ def divergence_from_base(
             if advance is not None:
                 advance(1)
     n = len(means)
-    interval = list(mean_interval(means))
+    interval = listed(mean_interval(means))
     return {"n": n, "kl": math.fsum(means) / n, "interval": interval, "first_token": math.fsum(firsts) / n}
 
 

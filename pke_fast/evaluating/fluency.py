@@ -29,7 +29,7 @@ def ngram_entropy(text: str) -> float:
     return weighted / len(_WEIGHTS)
 
 
-def fluency(answers: Sequence[str]) -> tuple[float, Interval]:
-    """The mean n-gram entropy of answers, at least one, and its 95 % interval."""
+def fluency(answers: Sequence[str]) -> tuple[float, Interval | None]:
+    """The mean n-gram entropy of answers, at least one, and its 95 % interval, which a single answer hasn't."""
     values = [ngram_entropy(answer) for answer in answers]
     return math.fsum(values) / len(values), mean_interval(values)

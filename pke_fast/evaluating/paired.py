@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pke_fast.errors import InputError
-from pke_fast.intervals import SEED, paired_difference, ratio_interval
+from pke_fast.evaluating.measured import why_unpaired
+from pke_fast.intervals import SEED, listed, paired_difference, ratio_interval
 
 Row = Mapping[str, Any]
 _RATES = {"harmful": "asr", "benign": "refusal_rate"}
@@ -30,9 +31,10 @@ def differences(
         seed: of the bootstrap.
 
     Returns:
-        ``{"harmful": {"n", "asr": {judge: {"difference", "interval"}}, "degenerate_rate": {...}}, "benign": ...,
-        "text": {"relative", "relative_interval"}}``; None for a set that isn't in both. Rates are fractions; a
-        perplexity's change is relative to before, and known where both read the same windows.
+        ``{"harmful": {"n", "asr": {judge: {"before", "after", "difference", "interval"}}, "degenerate_rate": {...}},
+        "benign": ..., "text": {"relative", "relative_interval"}}``; None for a set that isn't in both. Rates are
+        fractions of the n pairs. A perplexity's change is relative to before, and known where both read the same
+        windows; its interval is None of a single window.
 
     Raises:
         InputError: both have a set, and not one prompt of it in common.
@@ -93,7 +95,8 @@ def _set_differences(name: str, key: str, first: Sequence[Row], second: Sequence
 
     def difference(one: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
         change, interval = paired_difference(one, other, seed=seed)
-        return {"difference": change, "interval": list(interval)}
+        rates = {"before": math.fsum(one) / len(one), "after": math.fsum(other) / len(other)}
+        return {**rates, "difference": change, "interval": listed(interval)}
 
     degenerate = [[float(pair[side]["degenerate"]) for pair in matched] for side in (0, 1)]
     return {
@@ -106,10 +109,10 @@ def _set_differences(name: str, key: str, first: Sequence[Row], second: Sequence
 def _text_difference(
     before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, seed: int
 ) -> dict[str, Any] | None:
-    tokens = (before or {}).get("tokens")
-    if before is None or after is None or tokens is None or tokens != after.get("tokens"):
-        return None  # other windows, as of another tokenizer, can't be paired
+    if before is None or after is None or why_unpaired(before, after) is not None:
+        return None
+    tokens = before["tokens"]
     changes = [new - old for old, new in zip(before["nll"], after["nll"], strict=True)]
-    low, high = ratio_interval(changes, tokens, seed=seed)
+    interval = ratio_interval(changes, tokens, seed=seed)
     relative = math.expm1(math.fsum(changes) / sum(tokens))
-    return {"relative": relative, "relative_interval": [math.expm1(low), math.expm1(high)]}
+    return {"relative": relative, "relative_interval": interval and [math.expm1(bound) for bound in interval]}

@@ -3,46 +3,72 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pke_fast.errors import InputError
 from pke_fast.evaluating.comparing import Run
 
+_AXES = (("benign", "refusal_rate"), ("harmful", "asr"))
 
-def scatter_png(runs: Sequence[Run], judge: str | None = None) -> bytes:
+
+def axis_judges(runs: Sequence[Run], judge: str | None = None) -> tuple[str, str] | None:
+    """By whom refusals of harmless prompts and attack success are drawn: one judge where one has both.
+
+    Judges of harm have no refusals, so that each axis may have one of its own.
+
+    Args:
+        judge: goes before others, on each axis that it has; None: the first goes.
+
+    Returns:
+        A judge for each axis; None where one of them has none whom every run has.
+
+    Raises:
+        InputError: not every run has `judge`, on either axis.
+    """
+    benign, harmful = (
+        [name for name in _rates(runs[0], *axis) if all(name in _rates(run, *axis) for run in runs)] for axis in _AXES
+    )
+    if judge is not None and judge not in benign + harmful:
+        raise InputError(
+            f"the runs can't be drawn by {judge}",
+            expected="a judge whom every run has",
+            got=f"such judges: {', '.join(dict.fromkeys(benign + harmful)) or 'none'}",
+        )
+    if not benign or not harmful:
+        return None
+    order = [*([judge] if judge else []), *(name for name in benign if name in harmful)]
+    across, up = (next(name for name in [*order, *axis] if name in axis) for axis in (benign, harmful))
+    return across, up
+
+
+def _rates(run: Run, part: str, key: str) -> Mapping[str, float]:
+    return (run.figures.get(part) or {}).get(key) or {}
+
+
+def scatter_png(runs: Sequence[Run], judge: str | None = None) -> bytes | None:
     """A scatter of runs; down and left is better.
 
     Args:
-        judge: by whom; None: the first that every run has both rates of.
+        judge: by whom, as `axis_judges` has it.
 
     Returns:
-        A PNG file; the same input gives the same bytes.
+        A PNG file; the same input gives the same bytes. None where an axis has no judge.
 
     Raises:
-        InputError: no judge (or not that one) has both rates in every run.
+        InputError: as `axis_judges`.
     """
+    judges = axis_judges(runs, judge)
+    if judges is None:
+        return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    sides = (("benign", "refusal_rate"), ("harmful", "asr"))
-    judges = [
-        name
-        for name in ((runs[0].figures.get("benign") or {}).get("refusal_rate") or {})
-        if all(name in ((run.figures.get(part) or {}).get(key) or {}) for run in runs for part, key in sides)
-    ]
-    if not judges or (judge is not None and judge not in judges):
-        raise InputError(
-            "the runs can't be drawn",
-            expected="one judge by whom every run has an attack success rate and refusals of harmless prompts",
-            got=f"such judges: {', '.join(judges) or 'none'}",
-        )
-    judge = judge or judges[0]
     figure = Figure(figsize=(7.2, 5.4), dpi=150, facecolor="#ffffff", layout="constrained")
     axes = figure.add_subplot()
     for index, run in enumerate(runs):
         point, errors = [], []
-        for part, key in sides:
-            rate, (low, high) = run.figures[part][key][judge], run.figures[part]["intervals"][key][judge]
+        for (part, key), name in zip(_AXES, judges, strict=True):
+            rate, (low, high) = run.figures[part][key][name], run.figures[part]["intervals"][key][name]
             point.append(100 * rate)
             errors.append([[100 * max(0.0, rate - low)], [100 * max(0.0, high - rate)]])
         colour = f"C{index % 10}"
@@ -60,8 +86,8 @@ def scatter_png(runs: Sequence[Run], judge: str | None = None) -> bytes:
         axes.annotate(
             run.name, (point[0], point[1]), xytext=(6, 5), textcoords="offset points", fontsize=9, color="#20252b"
         )
-    axes.set_xlabel(f"harmless prompts refused, % (judge {judge}, 95 % intervals)")
-    axes.set_ylabel("attack success rate, %")
+    axes.set_xlabel(f"harmless prompts refused, % (judge {judges[0]}, 95 % intervals)")
+    axes.set_ylabel(f"attack success rate, % (judge {judges[1]})")
     axes.set_xlim(left=-2)
     axes.set_ylim(-2, 102)
     axes.grid(color="#d9dcdf", linewidth=0.6)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pke_fast import terminal
@@ -25,13 +25,10 @@ def further(console: Console, figures: Mapping[str, Any]) -> None:
             low, high = found["intervals"][key]
             rows.append((label, percent(found[key]), f"{100 * low:.1f}–{100 * high:.1f}"))
     for name, found in (figures.get("fluency") or {}).items():
-        low, high = found["interval"]
-        rows.append(
-            (f"n-gram entropy of {name} answers", f"{found['ngram_entropy']:.2f} bits", f"{low:.2f}–{high:.2f}")
-        )
+        entropy, bounds = f"{found['ngram_entropy']:.2f} bits", found["interval"]
+        rows.append((f"n-gram entropy of {name} answers", entropy, _range(bounds, ".2f")))
     for name, found in (figures.get("divergence") or {}).items():
-        low, high = found["interval"]
-        rows.append((f"KL to the base on {name}", f"{found['kl']:.4f} nats", f"{low:.4f}–{high:.4f}"))
+        rows.append((f"KL to the base on {name}", f"{found['kl']:.4f} nats", _range(found["interval"], ".4f")))
     for task, found in (figures.get("lm_eval") or {}).items():
         numbers = {key: value for key, value in found.items() if isinstance(value, float) and "stderr" not in key}
         rows += [(f"{task}, {key}", number(value), "") for key, value in numbers.items()]
@@ -42,6 +39,10 @@ def further(console: Console, figures: Mapping[str, Any]) -> None:
     for row in rows:
         table.add_row(*(terminal._text(console, cell) for cell in row))
     terminal._show(console, table)
+
+
+def _range(bounds: Sequence[float] | None, form: str) -> str:
+    return "–" if bounds is None else "–".join(format(bound, form) for bound in bounds)
 
 
 def foretold(console: Console, found: Mapping[str, Any] | None) -> None:
