@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from pke_fast.errors import InputError
+from pke_fast.ranks import ranks_here
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 SHARE = 0.9  # of what is free: others breathe too
@@ -24,14 +25,17 @@ def parse_bytes(text: str) -> int:
 
 
 def free_bytes(device: str) -> int | None:
-    """What a job may take of the memory that the device has free now; None where the system can't tell."""
+    """What a job may take of the memory that the device has free now; None where the system can't tell.
+
+    The ranks of one machine share what its host has.
+    """
     if device.startswith("cuda"):
         import torch
 
         return int(SHARE * torch.cuda.mem_get_info(device)[0])
     groups = [_left(Path(root, group), *names) for root, *names in _LIMITS for group in _own_groups()]
     free = [value for value in (_available(), *groups) if value is not None]
-    return int(SHARE * min(free)) if free else None
+    return int(SHARE * min(free)) // ranks_here() if free else None
 
 
 def _available() -> int | None:

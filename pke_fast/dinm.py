@@ -20,6 +20,7 @@ from pke_fast.columns import Columns, put_back_on_failure
 from pke_fast.config import PKEConfig
 from pke_fast.editing import Losses, Outcome, Step, Trainer
 from pke_fast.encoding import Encoded
+from pke_fast.pace import in_flight
 from pke_fast.structure import Structure
 from pke_fast.tape import record
 
@@ -44,13 +45,14 @@ def answer_distances(
     groups = [index for index in range(len(answers)) for _ in range(2)]
     total = torch.zeros(depth, device=structure.device)
     for batch in pack(sequences, micro_batch_tokens, pad_id, groups):
-        tape = record(structure, batch)
-        for layer, hidden in enumerate(tape.outputs()):
-            here = tape.batch.to(hidden.device)
-            weights = here.answer_weights()
-            tokens = hidden.flatten(0, 1).index_select(0, here.positions + 1).float() * weights[:, None]
-            means = tokens.new_zeros(len(batch.rows), tokens.shape[1]).index_add_(0, here.owners, tokens)
-            total[layer] += (means[0::2] - means[1::2]).norm(dim=1).sum().to(total.device)
+        with in_flight(batch):
+            tape = record(structure, batch)
+            for layer, hidden in enumerate(tape.outputs()):
+                here = tape.batch.to(hidden.device)
+                weights = here.answer_weights()
+                tokens = hidden.flatten(0, 1).index_select(0, here.positions + 1).float() * weights[:, None]
+                means = tokens.new_zeros(len(batch.rows), tokens.shape[1]).index_add_(0, here.owners, tokens)
+                total[layer] += (means[0::2] - means[1::2]).norm(dim=1).sum().to(total.device)
         advance(len(batch.rows) // 2)
     return (total / max(1, len(answers))).cpu()
 

@@ -22,10 +22,10 @@ from pke_fast.encoding import Encoded, shared
 from pke_fast.errors import EditError
 from pke_fast.layer_patch import LayerPatch
 from pke_fast.objective import answer_loss, locality_loss
-from pke_fast.pace import Pace, is_out_of_memory
+from pke_fast.pace import BEFORE, Pace, in_flight, told_once
 from pke_fast.ranks import ALONE, Ranks
 from pke_fast.resume import NOWHERE, Snapshot
-from pke_fast.strength import STRENGTHS, answers_begun, beginnings, least
+from pke_fast.strength import STRENGTHS, Tried, answers_begun, beginnings, least, refusing
 from pke_fast.structure import Structure
 from pke_fast.tape import Tape, record
 
@@ -73,6 +73,7 @@ class Outcome:
             own dtype.
         stopped: why it stopped, in words.
         strength: what the steps' change was multiplied by.
+        tried: the strengths that it was chosen from; none where it wasn't sought.
     """
 
     layers: tuple[LayerPatch, ...]
@@ -81,6 +82,7 @@ class Outcome:
     after: Losses
     stopped: str
     strength: float = 1.0
+    tried: tuple[Tried, ...] = ()
 
 
 @dataclass(eq=False)
@@ -142,6 +144,7 @@ class Trainer:
         self.begun = False  # with detectors
         self._shuffle = random.Random(config.seed)
         self._pad_id = pad_id
+        self._place = BEFORE  # in the whole edit: a step's is its number, what comes before the steps lies below 0
         self._beginning = beginning
         self.requests: list[_Minibatch] = []
         self.locality: list[_Minibatch] = []
@@ -164,34 +167,37 @@ class Trainer:
         minibatch.tapes = []
         found: dict[int, Tensor] = {}
         for batch in pack(minibatch.sequences, self.pace.tokens, self._pad_id):
-            tape = record(self.structure, batch, self._first, after=self._beginning)
-            minibatch.tapes.append(tape)
-            if base:
-                counts = [len(minibatch.sequences[row].supervised) for row in batch.rows]
-                with self._watched(tape, True, minibatch):
-                    top = tape.run()
-                found.update(zip(batch.rows, tape.supervised(top).split(counts), strict=True))
+            with in_flight(batch):
+                tape = record(self.structure, batch, self._first, after=self._beginning)
+                minibatch.tapes.append(tape)
+                if base:
+                    counts = [len(minibatch.sequences[row].supervised) for row in batch.rows]
+                    with self._watched(tape, True, minibatch):
+                        top = tape.run()
+                    found.update(zip(batch.rows, tape.supervised(top).split(counts), strict=True))
         if base:
             minibatch.base = [found[row] for row in range(len(minibatch.sequences))]
 
     def _slower_if_it_must(self, work: Callable[[], T], doing: str) -> T:
-        """What `work` returns; where memory runs out, with smaller micro-batches from there on."""
-        while True:
-            try:
-                return work()
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            self.pace.halve(doing)  # here, since the exception holds on to the memory
-            for column in self.columns:
-                column.forget_gradient()
-            self._record_anew()
+        """What `work` returns; where memory runs out, or did so here before an interruption, with smaller micro-batches
+        from there on."""
+        self._place += 1
+        anew = self.pace.resume_at(self._place)
 
-    def resume(self, tokens: int) -> None:
-        """Goes on with as few tokens as an interrupted run had come to."""
-        if tokens < self.pace.tokens:
-            self.pace.resume(tokens)
-            self._record_anew()
+        def attempt() -> T:
+            nonlocal anew
+            if anew:
+                for column in self.columns:
+                    column.forget_gradient()
+                self._record_anew()
+            anew = True
+            return work()
+
+        return self.pace.slower_if_it_must(attempt, doing, self._place)
+
+    def resume(self, steps: int) -> None:
+        """Goes on after so many steps, which an interrupted run made."""
+        self._place = steps - 1
 
     def _record_anew(self) -> None:
         for minibatch in (*self.requests, *self.locality):
@@ -201,17 +207,20 @@ class Trainer:
         """The minibatch's mean loss on this rank, on the device; `scale` times its gradient is added up, if not 0."""
         total = torch.zeros((), device=self.structure.head_device)
         for tape in minibatch.tapes:
-            weights = self._weights(tape.batch) / minibatch.size
-            if base:
-                loss_of = partial(locality_loss, self.structure, base_hidden=minibatch.base_of(tape), weights=weights)
-            else:
-                loss_of = partial(answer_loss, self.structure, batch=tape.batch, weights=weights)
-            if scale:
-                total += tape.there_and_back(loss_of, self.pace.editing_kept, scale)
-            else:
-                with torch.no_grad(), self._watched(tape, base, minibatch):
-                    total += loss_of(tape.supervised(tape.run()))
+            with in_flight(tape.batch):
+                total += self._tape_loss(tape, minibatch, base, scale)
         return total
+
+    def _tape_loss(self, tape: Tape, minibatch: _Minibatch, base: bool, scale: float) -> Tensor:
+        weights = self._weights(tape.batch) / minibatch.size
+        if base:
+            loss_of = partial(locality_loss, self.structure, base_hidden=minibatch.base_of(tape), weights=weights)
+        else:
+            loss_of = partial(answer_loss, self.structure, batch=tape.batch, weights=weights)
+        if scale:
+            return tape.there_and_back(loss_of, self.pace.editing_kept, scale)
+        with torch.no_grad(), self._watched(tape, base, minibatch):
+            return loss_of(tape.supervised(tape.run()))
 
     def _weights(self, batch: Batch) -> Tensor:
         return batch.answer_weights(self.config.first_token_weight, prompt_weight=self.config.w_prompt)
@@ -300,6 +309,7 @@ class Trainer:
             EditError: the loss or a gradient isn't finite. The columns have taken the step then: they are to be put
                 back (`put_back_on_failure`).
         """
+        self._place = number - 1
         work = partial(self.gradients, number, kl_gradient=kl_gradient)
         values = self._slower_if_it_must(work, f"making step {number + 1}")
         self.update(number)
@@ -333,25 +343,23 @@ class Trainer:
         for column, most in zip(self.columns, self._most_lr, strict=True):
             column.update(self.config, left * most)
 
-    def find_strength(self, unseen: Sequence[Encoded], advance: Callable[[int], None]) -> float:
-        """The least strength that makes the model begin the unseen requests' safe answers as often as it should."""
+    def begun_by_strength(self, sequences: Sequence[Encoded], advance: Callable[[int], None]) -> list[int]:
+        """How many of the sequences' answers the model begins, at each of STRENGTHS; the last of these stays."""
         found = torch.zeros(len(STRENGTHS), device=self.structure.head_device)
-        waiting = beginnings(self.ranks.mine(unseen))
-        shown = 0
+        waiting = beginnings(self.ranks.mine(sequences))
+        begin = told_once(advance)
 
         def count() -> None:
-            nonlocal shown
             found.zero_()
-            asked = 0
+            told = begin()
             for batch in pack(waiting, self.pace.tokens, self._pad_id):
-                found.add_(answers_begun(self.structure, self.columns, batch))
-                asked += len(batch.rows)
-                advance(max(0, asked - shown))  # what is counted anew, once memory ran out, has been shown
-                shown = max(shown, asked)
+                with in_flight(batch):
+                    found.add_(answers_begun(self.structure, self.columns, batch))
+                told(len(batch.rows))
 
         self._slower_if_it_must(count, "finding the strength")
         self.ranks.add_up(found)
-        return least((found / len(unseen)).tolist(), self.config.unseen_refused)
+        return [int(count) for count in found.tolist()]
 
     def _lr_left(self, number: int) -> float:
         """The share of the learning rate at a step: from 1 down to `lr_end`; of a default, GENTLY if begun."""
@@ -366,6 +374,10 @@ class Trainer:
 def _sample(minibatches: list[_Minibatch]) -> list[_Minibatch]:
     """As many as hold SAMPLE sequences. The sequences were shuffled, so the first will do."""
     return minibatches[: -(-SAMPLE // minibatches[0].size)] if minibatches else []
+
+
+def _ended(steps: Sequence[Step], config: PKEConfig) -> bool:
+    return len(steps) >= config.num_steps or _good_enough(steps[-STOP_WINDOW:], config)
 
 
 def _good_enough(recent: Sequence[Step], config: PKEConfig) -> bool:
@@ -393,7 +405,7 @@ def edit_columns(
         hot_spots: by layer, the neurons to change, int64 ascending.
         stage: `Stages.stage`.
         pace, ranks: as for `Trainer`.
-        snapshot: keeps the steps so far, and goes on from them.
+        snapshot: keeps the steps so far, and goes on from them. The first rank's: all have the same columns.
         unseen: harmful requests with safe answers that aren't edited on: by them the strength is found.
 
     Raises:
@@ -401,7 +413,7 @@ def edit_columns(
     """
     columns = columns_of(structure, hot_spots, config.edited)
     with put_back_on_failure(columns):
-        kept = snapshot.load()
+        kept = ranks.from_first(snapshot.load)
         with stage("Running the layers below, once", len(requests) + len(locality)) as advance:
             every = [*requests, *locality]
             beginning = beginning_of(structure, every, min(c.layer for c in columns), pad_id)
@@ -433,30 +445,38 @@ def edit_columns(
         with stage(STEPS, config.num_steps) as advance:
             if steps:
                 advance(len(steps))
-            while len(steps) < config.num_steps and not _good_enough(steps[-STOP_WINDOW:], config):
-                tokens = trainer.pace.tokens
+            while not _ended(steps, config):
                 steps.append(trainer.step(len(steps)))
                 advance(1)
-                snapshot.save(partial(_state, trainer, steps), done=trainer.pace.tokens < tokens)
+                if ranks.first:
+                    snapshot.save(partial(_state, trainer, steps), done=_ended(steps, config))
         stopped = f"all {config.num_steps} steps were made"
         if _good_enough(steps[-STOP_WINDOW:], config):
             stopped = f"over {STOP_WINDOW} steps, the losses fell below stop_loss and stop_kl"
         strength = config.strength if config.norm_constraint is None else 1.0
+        tried: tuple[Tried, ...] = ()
         if strength is None and unseen:
-            with stage("Finding the strength", len(ranks.mine(unseen))) as advance:
-                strength = trainer.find_strength(unseen, advance)
+            held = refusing(locality, unseen)
+            with stage("Finding the strength", len(ranks.mine(unseen)) + len(ranks.mine(held))) as advance:
+                harmful, harmless = (trainer.begun_by_strength(side, advance) for side in (unseen, held))
+            tried = tuple(
+                Tried(by, of_unseen, len(unseen), of_held, len(held))
+                for by, of_unseen, of_held in zip(STRENGTHS, harmful, harmless, strict=True)
+            )
+            strength = least([one.refused / one.unseen for one in tried], config.unseen_refused)
         strength = 1.0 if strength is None else strength
         for column in columns:
             column.stretch(strength)
         with stage("Measuring the losses after", requests_sampled + pairs_sampled) as advance:
             after = trainer.final_losses(advance)
-        return Outcome(tuple(column.patch() for column in columns), tuple(steps), before, after, stopped, strength)
+        layers = tuple(column.patch() for column in columns)
+        return Outcome(layers, tuple(steps), before, after, stopped, strength, tried)
 
 
 def _state(trainer: Trainer, steps: Sequence[Step]) -> dict[str, Tensor]:
-    """All that decides the steps to come."""
+    """All that decides the steps to come but the pace, which each rank keeps."""
     made = torch.tensor([astuple(step) for step in steps], dtype=torch.float64)
-    state = {"steps": made, "tokens": torch.tensor(trainer.pace.tokens), "begun": torch.tensor(trainer.begun)}
+    state = {"steps": made, "begun": torch.tensor(trainer.begun)}
     for column in trainer.columns:
         state |= {f"{column.name}.{name}": tensor for name, tensor in column.state().items()}
     return state
@@ -466,7 +486,7 @@ def _resumed(columns: Sequence[Columns], trainer: Trainer, state: Mapping[str, T
     """The steps that an earlier run made; the columns are as they were after them."""
     if state is None:
         return []
-    trainer.resume(int(state["tokens"]))
+    trainer.resume(len(state["steps"]))
     trainer.begun = bool(state["begun"])
     for column in columns:
         mine = f"{column.name}."

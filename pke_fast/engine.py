@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pke_fast import dinm, editing, summary
 from pke_fast.config import PKEConfig
@@ -177,7 +177,9 @@ def edit(
     with workbench(model, tokenizer, config, stages, name, ranks=ranks, device=device) as bench:
         facts = summary.model_facts(bench)
         check_fits(bench)
-        plan, bench = _planned(bench, requests, locality, memory_budget, offload_folder, keeping, edits=True)
+        plan, bench = _planned(
+            bench, requests, locality, memory_budget, offload_folder, keeping, edits=True, samples=samples
+        )
         job = prepare(bench, requests, locality)
         shown = [("harmful", r.prompt) for r in job.requests[:samples]]
         shown += [("benign", p.prompt) for p in job.locality[:samples]]
@@ -255,7 +257,7 @@ def locate(
 
     Args:
         compare: another checkpoint of the same shape: each neuron's drift from `model` to it then takes the place of
-            the one-step weight change.
+            the one-step weight change. Or a function that loads it: then it is let go before the plan is made.
         others: as for `edit`.
 
     Raises:
@@ -264,7 +266,8 @@ def locate(
     config = config or PKEConfig()
     keeping = partial(Resume, resume, minutes=resume_minutes)
     with workbench(model, tokenizer, config, stages, name, ranks=ranks, device=device) as bench:
-        moved = None if compare is None else drift(bench.structure, find_structure(compare))
+        moved = None if compare is None else _drift_to(compare, bench)
+        compare = None  # let go, as far as it is ours
         check_fits(bench)
         plan, bench = _planned(bench, requests, locality, memory_budget, offload_folder, keeping, edits=False)
         job = prepare(bench, requests, locality)
@@ -278,6 +281,11 @@ def locate(
         )
 
 
+def _drift_to(compare: Any, bench: Workbench) -> Tensor:
+    other = compare if isinstance(compare, nn.Module) else compare()
+    return drift(bench.structure, find_structure(other))
+
+
 def _planned(
     bench: Workbench,
     requests: Sequence[EditRequest],
@@ -287,6 +295,7 @@ def _planned(
     keeping: Callable[..., Resume],
     *,
     edits: bool,
+    samples: int = 0,
 ) -> tuple[Plan | None, Workbench]:
     """The plan of a job, and the bench at its pace and with its state."""
     with bench.stages.stage(PLANNING):
@@ -296,11 +305,13 @@ def _planned(
             "model": bench.fingerprint,
             "work": "edit" if edits else "locate",
             "settings": _digest(bench.config.as_dict()),
-            "requests": _digest([dataclasses.asdict(request) for request in requests]),
+            "requests": _digest([request.as_dict() for request in requests]),
             "locality": _digest([dataclasses.asdict(pair) for pair in locality or ()]),
             "versions": " ".join(f"{name} {version}" for name, version in summary.versions().items()),
             "ranks": str(bench.ranks.size),
             "memory budget": str(budget),
+            "device": bench.device.partition(":")[0],  # ranks have several of a kind
+            "samples": str(samples),
         }
         for what, value in job.items():
             bench.ranks.agree(what, value)

@@ -16,6 +16,7 @@ from pke_fast import dinm, hotspots
 from pke_fast.errors import InputError
 from pke_fast.files import atomic_write
 from pke_fast.hotspots import HotSpots
+from pke_fast.pace import told_once
 from pke_fast.preparation import Job
 from pke_fast.scoring import Example, Scores, score
 from pke_fast.workbench import Workbench
@@ -163,18 +164,21 @@ def _locate_layer(bench: Workbench, job: Job) -> Located:
     """DINM's layer, all of it; the score map then holds each layer's distance, the same for all its neurons."""
     structure = bench.structure
     depth, width = len(structure.layers), structure.neurons
+    answers = list(zip(job.safe(bench), job.unsafe(bench), strict=True))
     with bench.stages.stage("Comparing safe and unsafe answers", len(job.requests)) as advance:
-        distances = dinm.answer_distances(
-            structure,
-            list(zip(job.safe(bench), job.unsafe(bench), strict=True)),
-            pad_id=bench.pad_id,
-            micro_batch_tokens=bench.pace.tokens,
-            advance=advance,
-        )
+        begin = told_once(advance)
+
+        def compared() -> Tensor:
+            tokens = bench.pace.tokens
+            return dinm.answer_distances(
+                structure, answers, pad_id=bench.pad_id, micro_batch_tokens=tokens, advance=begin()
+            )
+
+        distances = bench.pace.slower_if_it_must(compared, "comparing the answers")
     layer = int(distances.argmax())
     if bench.config.method == "dinm-parity":
         first = job.requests[0]
-        answers = [bench.tokenizer(text or "")["input_ids"] for text in (first.target_new, first.ground_truth)]
-        layer = dinm.published_layer(structure, answers[0], answers[1], bench.pad_id)
+        safe, unsafe = (bench.tokenizer(text or "")["input_ids"] for text in (first.target_new, first.ground_truth))
+        layer = dinm.published_layer(structure, safe, unsafe, bench.pad_id)
     selected = HotSpots.from_layers({layer: torch.arange(width)}, depth)
     return Located(distances[:, None].expand(depth, width).clone(), selected, layer_path=distances)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from pke_fast.encoding import Encoded, shared
@@ -21,6 +22,8 @@ class Load:
         held: supervised tokens of all locality sequences.
         request_widths, locality_widths: which lengths there are, ascending.
         begun: tokens that all begin with, which an edit runs once.
+        scored_widths: the requests' while they are scored; none where they are the same.
+        together: how many sequences score a request, in one batch; the longest has its width.
     """
 
     requests: int
@@ -31,19 +34,26 @@ class Load:
     locality_widths: tuple[int, ...] = ()
     begun: int = 0
     held: int = 0
+    scored_widths: tuple[int, ...] = ()
+    together: int = 1
 
     @classmethod
-    def of(cls, requests: Sequence[Encoded], locality: Sequence[Encoded]) -> Load:
+    def of(
+        cls, requests: Sequence[Encoded], locality: Sequence[Encoded], scored: Sequence[Sequence[Encoded]] = ()
+    ) -> Load:
+        """Of an edit's sequences, and those that score together, request by request, where they are others."""
         every = [*requests, *locality]
         return cls(
             len(requests),
             len(locality),
             sum(len(sequence.ids) for sequence in every),
-            max(len(sequence.supervised) for sequence in every),
+            max(len(sequence.supervised) for sequence in (*every, *chain.from_iterable(scored))),
             tuple(sorted({len(sequence.ids) for sequence in requests})),
             tuple(sorted({len(sequence.ids) for sequence in locality})),
             len(shared(every)),
             sum(len(sequence.supervised) for sequence in locality),
+            tuple(sorted({max(len(sequence.ids) for sequence in group) for group in scored})),
+            max((len(group) for group in scored), default=1),
         )
 
     def after(self, begun: int) -> Load:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -228,7 +229,8 @@ class Planner:
         sequences = max(1, load.requests + load.locality)
         step = sum(minibatch) * self._rest.tokens / sequences + self._begun * self._tapes(tokens, *minibatch)
         below, stepped = self._rest.tokens * self._window[0], config.num_steps * step
-        requests, pairs = min(load.requests, config.score_requests), min(load.locality, config.score_pairs)
+        requests = min(load.requests, config.score_requests) * load.together
+        pairs = min(load.locality, config.score_pairs)
         scored, shared = (requests + pairs) * load.tokens / sequences, self._shared(requests, pairs)
         held = self._rest.tokens * load.locality / sequences * self._edited  # the unedited model's last states
         answers = load.answer * minibatch[0] + load.held / max(1, load.locality) * minibatch[1]
@@ -365,32 +367,42 @@ class Planner:
     def _peak(self, doing: str, tokens: int, kept: int) -> int:
         """What the allocator holds for `doing`, which is rehearsed once."""
         config, load = self._config, self._load if doing == "scoring" else self._rest
+        together = 1
         if doing == "scoring":
-            parts = [(load.request_widths, load.requests), (load.locality_widths, load.locality)]
-            batches = [max((self._fullest(tokens, *part) for part in parts), key=_tokens_of)]
+            widths = load.scored_widths or load.request_widths
+            requests = self._fullest(tokens, widths, load.requests, load.together)
+            locality = self._fullest(tokens, load.locality_widths, load.locality)
+            batches = [max(requests, locality, key=_tokens_of)]
+            together = load.together if batches[0] is requests else 1
         else:
             requests = self._fullest(tokens, load.request_widths, min(config.batch_size, load.requests))
             locality = self._fullest(tokens, load.locality_widths, min(config.locality_batch_size, load.locality))
             batches = [requests, locality]
         shapes = tuple((len(batch), len(batch[0].ids) if batch else 0) for batch in batches)
-        key = (doing, shapes, kept, self._first, self._window, load.answer, self._begun, config)
+        key = (doing, shapes, together, kept, self._first, self._window, load.answer, self._begun, config)
         if key not in self._twin.peaks:
-            work = self._score if doing == "scoring" else self._step
+            work = partial(self._score, together) if doing == "scoring" else self._step
             self._twin.peaks[key] = self._twin.rehearse(
                 lambda structure: work(structure, kept, *batches),
                 self._first if doing == "scoring" else self._window[0],
             )
         return int(_HELD[self._kind] * self._twin.peaks[key])
 
-    def _fullest(self, tokens: int, widths: Sequence[int], most: int) -> list[Encoded]:
-        """The micro-batch with the most tokens, of at most so many sequences, that these lengths can give."""
+    def _fullest(self, tokens: int, widths: Sequence[int], most: int, together: int = 1) -> list[Encoded]:
+        """The micro-batch with the most tokens, of at most so many sequences, that these lengths can give.
+
+        Args:
+            together: so many of one length stay together, and count as one.
+        """
         if not widths or not most:
             return []
-        tokens, width = max((width * max(1, min(tokens // width, most)), width) for width in widths)
+        groups = ((together * width, width) for width in widths)
+        tokens, width = max((size * max(1, min(tokens // size, most)), width) for size, width in groups)
         return [Encoded((0,) * width, max(1, width - self._load.answer))] * (tokens // width)
 
-    def _score(self, structure: Structure, kept: int, sequences: list[Encoded]) -> None:
-        batch = make_batch(sequences, range(len(sequences)), 0)
+    def _score(self, together: int, structure: Structure, kept: int, sequences: list[Encoded]) -> None:
+        rows = range(len(sequences))
+        batch = make_batch(sequences, rows, 0, [row // together for row in rows])
         score_batch(structure, batch, torch.ones(len(sequences)), self._first, kept)
 
     def _step(self, structure: Structure, kept: int, requests: list[Encoded], locality: list[Encoded]) -> None:

@@ -111,8 +111,11 @@ def prepare(bench: Workbench, requests: Sequence[EditRequest], locality: Sequenc
 
 def lengths(
     encoder: PromptEncoder, config: PKEConfig, requests: Sequence[EditRequest], locality: Sequence[Pair] | None
-) -> tuple[list[Encoded], list[Encoded]]:
+) -> tuple[list[Encoded], list[Encoded], list[list[Encoded]]]:
     """Sequences as long as those that `Job.edited_on` and `Job.benign` will be, before anything is asked of the model.
+
+    Returns:
+        the requests', the locality pairs', and request by request those that score together.
 
     Raises:
         InputError: a prompt is too long.
@@ -121,10 +124,25 @@ def lengths(
     beside = [] if given else _companions(encoder, config, requests)
     edited_on = _together(requests, beside)
     safe = [encoder.encode(r.prompt, r.target_new or config.refusal, end=True) for r in edited_on]
-    prompts = [encoder.prompt_ids(prompt) for prompt in [p.prompt for p in given] or _shipped_prompts(encoder, config)]
-    room = config.locality_tokens
-    answered = [Encoded((*ids, *[0] * min(room, encoder.limit - len(ids))), len(ids)) for ids in prompts]
-    return safe, _held(encoder, answered, config.prompt_tokens, [""] * len(answered))
+    prompts = [p.prompt for p in given] or _shipped_prompts(encoder, config)
+    answered = [_unanswered(encoder, prompt, config.locality_tokens) for prompt in prompts]
+    scored = [] if config.score_loss == "unsafe" else [safe]
+    if config.score_loss != "safe":
+        scored.append([_unsafe(encoder, config, request) for request in edited_on])
+    together = [list(group) for group in zip(*scored, strict=True)]
+    return safe, _held(encoder, answered, config.prompt_tokens, [""] * len(answered)), together
+
+
+def _unsafe(encoder: PromptEncoder, config: PKEConfig, request: EditRequest) -> Encoded:
+    if request.ground_truth:
+        return encoder.encode(request.prompt, request.ground_truth, answer_tokens=config.unsafe_tokens)
+    return _unanswered(encoder, request.prompt, config.unsafe_tokens)
+
+
+def _unanswered(encoder: PromptEncoder, prompt: str, most: int) -> Encoded:
+    """A prompt with room for an answer of so many tokens, as far as it fits."""
+    ids = encoder.prompt_ids(prompt)
+    return Encoded((*ids, *[0] * min(most, encoder.limit - len(ids))), len(ids))
 
 
 def _held(encoder: PromptEncoder, sequences: Sequence[Encoded], most: int, seeds: Sequence[str]) -> list[Encoded]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from pke_fast.batches import make_batch, packing
 from pke_fast.encoding import Encoded
 from pke_fast.errors import InputError
+from pke_fast.pace import in_flight, told_once
 from pke_fast.roc import Roc, roc
 from pke_fast.structure import Structure, first_tensor, hooks
 from pke_fast.tape import passed_over
@@ -142,7 +143,8 @@ def last_states(
         for chosen in packing(encoded, tokens):
             batch = make_batch(encoded, chosen, pad_id).to(structure.device)
             rows, ends = batch.rows, batch.attention_mask.sum(1) - 1
-            structure.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            with in_flight(batch):
+                structure.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
             advance(len(chosen))
     return found
 
@@ -152,8 +154,13 @@ def states_of(
 ) -> dict[int, Tensor]:
     """`last_states` of prompts as they are asked, at the bench's pace."""
     ids = [bench.encoder.prompt_ids(prompt) for prompt in prompts]
-    tokens = bench.pace.tokens
-    return last_states(bench.structure, ids, layers, pad_id=bench.pad_id, tokens=tokens, advance=advance)
+    begin = told_once(advance)
+
+    def states() -> dict[int, Tensor]:
+        tokens = bench.pace.tokens
+        return last_states(bench.structure, ids, layers, pad_id=bench.pad_id, tokens=tokens, advance=begin())
+
+    return bench.pace.slower_if_it_must(states, "asking what the model knows")
 
 
 @dataclass(frozen=True, eq=False)

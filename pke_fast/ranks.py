@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -75,6 +75,15 @@ class Ranks:
         if self.size > 1:
             self.everyones(None)
 
+    def from_first(self, work: Callable[[], T]) -> T:
+        """What `work` returns on the first rank, for all of them."""
+        if self.size == 1:
+            return work()
+        values: list[Any] = [work() if self.first else None]
+        with _together():
+            torch.distributed.broadcast_object_list(values)
+        return cast(T, values[0])
+
     def in_turn(self, work: Callable[[], T]) -> T:
         """What `work` returns; the first rank has done it before the others begin."""
         done = [work()] if self.first else []
@@ -111,24 +120,52 @@ def ranks_started() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def ranks_here() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 @contextmanager
 def joined(device: str) -> Iterator[Ranks]:
     """The ranks that torchrun (or accelerate launch) started this process among; `ALONE` where nobody did.
 
     Args:
         device: where this rank works; decides how the ranks talk.
+
+    Raises:
+        InputError: two ranks have one GPU; on all ranks alike.
     """
     if ranks_started() < 2:
         yield ALONE
         return
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(device)  # or every rank would put something on the first GPU too
     with _together():
-        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")  # objects go by gloo
     try:
-        yield Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        ranks = Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        if cuda:
+            _check_apart(ranks, device)
+        yield ranks
         with _together():
             torch.distributed.barrier()  # gloo's threads don't like a peer that leaves first
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _check_apart(ranks: Ranks, device: str) -> None:
+    """Raises InputError where two ranks have one GPU: each may see one alone, so its number doesn't tell."""
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)  # torch 2.4 has none
+    gpus = ranks.everyones(uuid and str(uuid))
+    shared = next((gpu for gpu in gpus if gpu and gpus.count(gpu) > 1), None)
+    if shared:
+        raise InputError(
+            "several ranks on one GPU",
+            expected="a GPU for each",
+            got=f"ranks {', '.join(str(rank) for rank, gpu in enumerate(gpus) if gpu == shared)} on one",
+            do="start as many ranks on a machine as it has GPUs, and leave out --device",
+        )
 
 
 def local_device(device: str) -> str:

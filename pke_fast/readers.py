@@ -37,6 +37,7 @@ FORMATS = (
             "ground_truth": "ground_truth",
             "locality": "locality",
             "case_id": "case_id",
+            "category": "category",
         },
     ),
     Format(
@@ -47,10 +48,19 @@ FORMATS = (
             "ground_truth": "unsafe generation",
             "locality": "knowledge constrain",  # so spelt in SafeEdit
             "case_id": "id",
+            "category": "unsafety category",
         },
     ),
-    Format("AdvBench, JailbreakBench", {"prompt": "goal", "ground_truth": "target"}),
-    Format("HarmBench", {"prompt": "behavior", "context": "contextstring", "case_id": "behaviorid"}),
+    Format("AdvBench, JailbreakBench", {"prompt": "goal", "ground_truth": "target", "category": "category"}),
+    Format(
+        "HarmBench",
+        {
+            "prompt": "behavior",
+            "context": "contextstring",
+            "case_id": "behaviorid",
+            "category": "semanticcategory",
+        },
+    ),
 )
 _PROMPT_KEYS = ", ".join(f"{form.keys['prompt']!r} ({form.name})" for form in FORMATS)
 _KNOWN = f"a JSON object or a CSV row with one of {_PROMPT_KEYS}, or plain text of one prompt a line"

@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pke_fast.changed import changed_words
 from pke_fast.files import atomic_write
 from pke_fast.wording import by_group, commands, comparison, duration, headlines, number, percent, size, summary
 
@@ -83,10 +84,12 @@ def render_page(report: Mapping[str, Any], score_map: Tensor | None, redact: boo
         summary=summary(report),
         figures=_figures(report),
         comparison=by_group(_compared(data)) if data else {},
+        categories=_by_category(data) if data else {},
         pictures=_pictures(report, score_map),
         layers=_layers(report["hot_spots"]),
         has_paths=any(path is not None for path in report["hot_spots"].get("layer_path") or []),
         neurons=_neurons(report["hot_spots"].get("top") or []),
+        changed_words=changed_words,
         harmful=[sample for sample in samples if sample["kind"] != "benign"],
         harmless=[sample for sample in samples if sample["kind"] == "benign"],
         redact=redact,
@@ -110,6 +113,16 @@ patch.revert(model)    # exact to the bit"""
 
 def _compared(data: Mapping[str, Any]) -> list[Measure]:
     return comparison(data["before"], data["after"], data.get("difference"))
+
+
+def _by_category(data: Mapping[str, Any]) -> dict[str, Measure]:
+    """The first judge's attack success by category of harm, where there is more than one."""
+    found = data.get("by_category") or {}
+    if len(found) < 2:
+        return {}
+    return {
+        name: comparison({"harmful": sides["before"]}, {"harmful": sides["after"]})[0] for name, sides in found.items()
+    }
 
 
 def _figures(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -138,11 +151,12 @@ def _figures(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return found
 
 
-def _pictures(report: Mapping[str, Any], score_map: Tensor | None) -> dict[str, tuple[str, str]]:
-    """Pictures by name, each as data URIs for a light and for a dark page."""
+def _pictures(report: Mapping[str, Any], score_map: Tensor | None) -> dict[str, tuple[str, ...]]:
+    """Pictures by name, each as data URIs for a light and for a dark page, or as one for both."""
+    from pke_fast.fronts import before_after_png, strengths_png
     from pke_fast.heatmap import heatmap_png, highest_by_layer, learning_curve_png
 
-    found = {}
+    found: dict[str, tuple[str, ...]] = {}
     hot, losses = report["hot_spots"], report.get("losses") or {}
     if score_map is not None:
         counts = {int(layer): int(count) for layer, count in hot["by_layer"].items()}
@@ -151,12 +165,21 @@ def _pictures(report: Mapping[str, Any], score_map: Tensor | None) -> dict[str, 
     if losses.get("steps"):
         steps, why = losses["steps"], losses.get("stopped")
         found["curve"] = _both(lambda dark: learning_curve_png(steps, why, dark=dark))
-    return found
+    data = report.get("evaluation")
+    tried = losses.get("tried") or []
+    fronts = {
+        "front": before_after_png(data) if data else None,
+        "strengths": strengths_png(tried, losses["strength"]) if tried else None,
+    }
+    return found | {name: (_uri(png),) for name, png in fronts.items() if png is not None}
 
 
 def _both(draw: Callable[[bool], bytes]) -> tuple[str, str]:
-    light, dark = (f"data:image/png;base64,{base64.b64encode(draw(d)).decode('ascii')}" for d in (False, True))
-    return light, dark
+    return _uri(draw(False)), _uri(draw(True))
+
+
+def _uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
 
 
 def _layers(hot: Mapping[str, Any]) -> list[dict[str, Any]]:

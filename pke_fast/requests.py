@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +38,7 @@ class EditRequest:
         ground_truth: the unsafe answer given today; None for the model's own.
         locality: benign pairs that must not move, if the request brings some.
         case_id: the name of the request in its source.
+        category: of harm, as its source calls it: results are told by it, and no edit depends on it.
     """
 
     prompt: str
@@ -45,20 +46,25 @@ class EditRequest:
     ground_truth: str | None = None
     locality: tuple[Pair, ...] = ()
     case_id: str | None = None
+    category: str | None = None
 
     def __post_init__(self) -> None:
         _prompt(self.prompt, "EditRequest")
+
+    def as_dict(self) -> dict[str, Any]:
+        """What an edit is made from, for digests: all but the category."""
+        return {key: value for key, value in asdict(self).items() if key != "category"}
 
 
 def read_requests(path: str | Path, limit: int | None = None) -> list[EditRequest]:
     """The edit requests of a file, or the first `limit` of them. The file is checked to its end all the same.
 
-    Formats: JSONL or a JSON array of {prompt, target_new, ground_truth, locality, case_id}, all but prompt optional;
-    CSV with such columns; SafeEdit, AdvBench, HarmBench (its ContextString stands before the behaviour); plain text of
-    one prompt a line. Other keys are ignored. `locality` is {prompt, ground_truth} (or answer), a list of such, or
-    EasyEdit's {relation: such}; prompt and ground_truth may be lists of equal length. Of {prompt, answer} the prompt
-    alone counts: that answer belongs to a benign pair, so it is neither the safe nor the unsafe one. A null or blank
-    value counts as missing.
+    Formats: JSONL or a JSON array of {prompt, target_new, ground_truth, locality, case_id, category}, all but prompt
+    optional; CSV with such columns; SafeEdit, AdvBench, HarmBench (its ContextString stands before the behaviour);
+    plain text of one prompt a line. Other keys are ignored. `locality` is {prompt, ground_truth} (or answer), a list of
+    such, or EasyEdit's {relation: such}; prompt and ground_truth may be lists of equal length. Of {prompt, answer} the
+    prompt alone counts: that answer belongs to a benign pair, so it is neither the safe nor the unsafe one. A null or
+    blank value counts as missing.
 
     Raises:
         InputError: anything wrong with the file, naming it and the line, row or record; or limit < 1.
@@ -121,16 +127,22 @@ def _record_prompt(record: Record) -> str:
 
 
 def _request(record: Record) -> EditRequest:
-    case_id = record.get("case_id")
-    if isinstance(case_id, int) and not isinstance(case_id, bool):
-        case_id = str(case_id)
     return EditRequest(
         prompt=_record_prompt(record),
         target_new=record.text("target_new"),
         ground_truth=record.text("ground_truth"),
         locality=_locality(record),
-        case_id=text_or_none(case_id, f"{record.where}: {record.key('case_id')!r}"),
+        case_id=_name(record, "case_id"),
+        category=_name(record, "category"),
     )
+
+
+def _name(record: Record, key: str) -> str | None:
+    """A text or a number, as text."""
+    value = record.get(key)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return record.text(key)
 
 
 def _pairs_of(record: Record) -> tuple[Pair, ...]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -112,11 +113,17 @@ class Resume:
             raise InputError(f"can't keep a state every {minutes} minutes", expected="0 or more")
         self._folder, self._rank = None if folder is None else Path(folder), rank
         self._every = 60 * minutes
-        self._mine = [JOB]  # patterns of the files that are kept
+        self._job = dict(job or {})
+        self._files = [JOB]  # patterns of what is kept, by earlier runs of the job too
         if self._folder is None:
             return
-        job, kept = dict(job or {}), self._kept_job()
-        if kept is not None and kept != job:
+        held = self._held()
+        if held is None:
+            self._write_job()
+            return
+        job = self._job
+        kept, self._files = held
+        if kept != job:
             differs = sorted(name for name in {*kept, *job} if kept.get(name) != job.get(name))
             raise InputError(
                 f"the resume folder {self._folder} is of another job",
@@ -124,34 +131,51 @@ class Resume:
                 got=", ".join(f"{name} {job.get(name, '-')}" for name in differs),
                 do="start it as it was started first, or give another folder",
             )
-        if kept is None and rank == 0:
-            with atomic_write(self._folder / JOB) as path:
-                path.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
 
-    def _kept_job(self) -> dict[str, str] | None:
+    def _held(self) -> tuple[dict[str, str], list[str]] | None:
+        """The job whose folder it is, and its files."""
         assert self._folder is not None
         if not self._folder.exists():
             return None
         if not self._folder.is_dir():
             raise InputError(f"can't resume from {self._folder}", expected="a folder", got="a file")
         try:
-            return dict(json.loads((self._folder / JOB).read_text(encoding="utf-8")))
+            held = json.loads((self._folder / JOB).read_text(encoding="utf-8"))
+            return dict(held["job"]), [str(pattern) for pattern in held["files"]]
         except FileNotFoundError:
-            if any(self._folder.iterdir()):
+            if not {*self._folder.iterdir()} <= {*self._unfinished(JOB)}:
                 raise InputError(
                     f"can't resume from {self._folder}",
                     expected=f"an empty folder, or that of an interrupted run (it holds {JOB})",
                     got="a folder with other files",
                 ) from None
             return None
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise InputError(f"can't read {self._folder / JOB}", got=str(error), do="give another folder") from error
+
+    def _unfinished(self, pattern: str) -> Iterator[Path]:
+        """What a run that was killed while it wrote such a file has left of it."""
+        assert self._folder is not None
+        return self._folder.glob(f".tmp-*-{pattern}")
+
+    def _keeps(self, pattern: str) -> None:
+        """Such files are the job's: noted before there is one, for whichever run ends the job."""
+        if pattern not in self._files:
+            self._files.append(pattern)
+            self._write_job()
+
+    def _write_job(self) -> None:
+        assert self._folder is not None
+        if self._rank == 0:
+            with atomic_write(self._folder / JOB) as path:
+                text = json.dumps({"job": self._job, "files": self._files}, indent=1)
+                path.write_text(text + "\n", encoding="utf-8")
 
     def part(self, name: str) -> Snapshot:
         """One part's state, such as ``scores-requests``."""
         if self._folder is None:
             return NOWHERE
-        self._mine.append(f"{name}.*.safetensors")
+        self._keeps(f"{name}.*.safetensors")
         return _FileSnapshot(self._folder / f"{name}.{self._rank}.safetensors", self._every)
 
     def remembered(self, name: str, make: Callable[[], list[str]]) -> list[str]:
@@ -159,7 +183,7 @@ class Resume:
         if self._folder is None:
             return make()
         path = self._folder / f"{name.lower().replace(' ', '-')}.json"
-        self._mine.append(path.name)
+        self._keeps(path.name)
         with suppress(OSError, ValueError):  # not there, or spoilt by the disk: made anew
             return [str(text) for text in json.loads(path.read_text(encoding="utf-8"))]
         texts = make()
@@ -172,18 +196,27 @@ class Resume:
         """Removes what was kept: the run's result stands, and there is nothing left to go on from."""
         if self._folder is None or self._rank:
             return
-        for pattern in reversed(self._mine):  # the job last: until then, what is left is known
-            for path in self._folder.glob(pattern):
+        for pattern in reversed(self._files):  # the job last: until then, what is left is known
+            for path in (*self._folder.glob(pattern), *self._unfinished(pattern)):
                 path.unlink(missing_ok=True)
         with suppress(OSError):  # someone else's file is in it
             self._folder.rmdir()
 
 
 def resumed_pace(pace: Pace, snapshot: Snapshot) -> Pace:
-    """The pace that an interrupted run began with, since how sequences were packed decides the last bits."""
-    if state := snapshot.load():
+    """The pace that an interrupted run began with and where it was halved, since how sequences were packed decides the
+    last bits; kept from now on."""
+    state = snapshot.load()
+    if state:
         tokens, scoring, editing = (int(value) for value in state["pace"])
-        return Pace(tokens, None if scoring < 0 else scoring, None if editing < 0 else editing)
-    values = torch.tensor([-1 if v is None else v for v in (pace.tokens, pace.scoring_kept, pace.editing_kept)])
-    snapshot.save(lambda: {"pace": values}, done=True)
+        pace = Pace(tokens, None if scoring < 0 else scoring, None if editing < 0 else editing)
+        pace.halvings = [(int(place), int(tokens)) for place, tokens in state["halvings"]]
+    begun = torch.tensor([-1 if v is None else v for v in (pace.tokens, pace.scoring_kept, pace.editing_kept)])
+
+    def halved() -> State:
+        return {"pace": begun, "halvings": torch.tensor(pace.halvings, dtype=torch.int64).reshape(-1, 2)}
+
+    pace.keep = partial(snapshot.save, halved, done=True)
+    if not state:
+        pace.keep()
     return pace

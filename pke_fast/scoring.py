@@ -18,7 +18,7 @@ from pke_fast.encoding import Encoded
 from pke_fast.errors import InputError
 from pke_fast.kernels.glu_score import segment_sum
 from pke_fast.objective import answer_loss
-from pke_fast.pace import Pace, is_out_of_memory
+from pke_fast.pace import Pace, in_flight, is_out_of_memory
 from pke_fast.placement import brought_at_every_call, stored_weight
 from pke_fast.ranks import ALONE, Ranks
 from pke_fast.resume import NOWHERE, Snapshot
@@ -114,7 +114,9 @@ def score(
         try:
             batch = make_batch(sequences, rows, pad_id, groups)
             rest = make_batch(rests, rows, pad_id, groups) if rests else None
-            sums += score_batch(structure, batch, signs[list(batch.rows)], first, pace.scoring_kept, rest, beginning)
+            with in_flight(batch):
+                some = signs[list(batch.rows)]
+                sums += score_batch(structure, batch, some, first, pace.scoring_kept, rest, beginning)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,9 +24,34 @@ STRENGTHS = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5)
 LIKELY = math.log(2)  # a loss below it: the token is likelier than all others together
 
 
+@dataclass(frozen=True)
+class Tried:
+    """A strength, and how many prompts' answers begin as refusals with it.
+
+    Attributes:
+        strength: what the steps' change was multiplied by.
+        refused, unseen: of the harmful requests that weren't edited on, so many of so many.
+        held_refused, held: of harmless prompts that the edit holds.
+    """
+
+    strength: float
+    refused: int
+    unseen: int
+    held_refused: int
+    held: int
+
+
 def beginnings(sequences: Sequence[Encoded]) -> list[Encoded]:
     """The sequences up to their answers' first token."""
     return [Encoded(s.ids[: s.prompt_length + 1], s.prompt_length) for s in sequences]
+
+
+def refusing(held: Sequence[Encoded], unseen: Sequence[Encoded]) -> list[Encoded]:
+    """Some of the held prompts, evenly chosen, at most half as many as there are unseen requests (they only show what
+    a strength costs), each with the token that the safe answer to the first of these begins with."""
+    prompts = held[:: -(-2 * len(held) // len(unseen)) or 1]
+    token = unseen[0].ids[unseen[0].prompt_length]
+    return [Encoded((*s.ids[: s.prompt_length], token), s.prompt_length) for s in prompts]
 
 
 @torch.no_grad()

@@ -135,7 +135,7 @@ def report_of(
             "layer_path": [None if i < scored else float(v) for i, v in enumerate(path)] if path is not None else [],
             "top": [{**row, "change": changes.get((row["layer"], row["neuron"]))} for row in top],
         },
-        "losses": losses_of(outcome),
+        "losses": {**losses_of(outcome), "tried": [dataclasses.asdict(one) for one in outcome.tried]},
         "stages": [dataclasses.asdict(stage) for stage in bench.stages.done],
         "plan": plan_facts(plan, bench),
         "warnings": [*warnings_of(outcome), *bench.pace.notes],

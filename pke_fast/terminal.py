@@ -78,7 +78,7 @@ def evaluation(console: Console, figures: Mapping[str, Any]) -> None:
 
 
 def losses(console: Console, found: Mapping[str, Any]) -> None:
-    """The losses over all requests before and after, and why the edit stopped."""
+    """The losses before and after, over all requests or some 256 of them, and why the edit stopped."""
     _heading(console, "Losses in nats per token")
     table = _table(("", "left"), ("before", "right"), ("after", "right"))
     for key, label in (("edit", "safe answers"), ("kl", "KL on harmless prompts")):

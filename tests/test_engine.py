@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import pytest
 import torch
 
 import pke_fast
-from pke_fast import preparation, shipped, summary
+from pke_fast import engine, preparation, shipped, summary
 from pke_fast.config import PKEConfig
 from pke_fast.errors import InputError
 from pke_fast.judges import get_judge
+from pke_fast.planning import plan_loaded
 from pke_fast.requests import EditRequest, Pair
 from pke_fast.testing import LAYERS, NEURONS, tiny_model, tiny_tokenizer
 from pke_fast.workbench import Workbench, workbench
@@ -150,6 +152,26 @@ def test_the_drift_between_two_checkpoints_can_take_the_weight_changes_place(mod
     config = CONFIG.replace(score="weight_change", k=1)
     result = pke_fast.locate(model, tiny_tokenizer(), REQUESTS, config, locality=LOCALITY, compare=moved)
     assert {layer: ids.tolist() for layer, ids in result.hot_spots.by_layer().items()} == {2: [7]}
+
+
+def test_the_other_checkpoint_is_let_go_before_the_plan_is_made(model, monkeypatch):
+    made, planned = [], []
+
+    def other():
+        made.append(weakref.ref(moved := tiny_model("llama", seed=1)))
+        return moved
+
+    def plan(*args, **kwargs):
+        planned.append(made[0]())
+        return plan_loaded(*args, **kwargs)
+
+    monkeypatch.setattr(engine, "plan_loaded", plan)
+    by_function = pke_fast.locate(model, tiny_tokenizer(), REQUESTS, CONFIG, locality=LOCALITY, compare=other)
+    assert planned == [None]
+    given = tiny_model("llama", seed=1)
+    made[:] = [weakref.ref(given)]
+    by_model = pke_fast.locate(model, tiny_tokenizer(), REQUESTS, CONFIG, locality=LOCALITY, compare=given)
+    assert torch.equal(by_function.score_map, by_model.score_map)
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 import pke_fast
-from pke_fast import editing, scoring
+from pke_fast import dinm, editing, locating, probe, scoring
 from pke_fast.config import PKEConfig
 from pke_fast.errors import InputError
 from pke_fast.pace import Pace, is_out_of_memory
+from pke_fast.preparation import Job
 from pke_fast.requests import EditRequest, Pair
 from pke_fast.tape import Tape
 from pke_fast.testing import LAYERS, tiny_model, tiny_tokenizer
+from pke_fast.workbench import workbench
 
 # torch's own words, c10/core/impl/alloc_cpu.cpp
 TEXT = (
@@ -138,6 +140,85 @@ def test_what_runs_out_in_a_step_alone_is_told_by_its_step(slow, monkeypatch):
     for layer, (_, change) in changes(result.patch).items():
         wanted = changes(slow.patch)[layer][1]
         assert float((change - wanted).norm() / wanted.norm()) < 1e-3
+
+
+def test_what_is_recorded_anew_may_not_fit_either(slow, monkeypatch):
+    memory = Memory(10_000)
+    patched(monkeypatch, memory, "recording")
+    own, failed = editing.Trainer.gradients, []
+
+    def gradients(self, number, **kwargs):
+        if number == 1 and not failed:
+            failed.append(number)
+            memory.tokens = 128
+            raise MemoryError
+        return own(self, number, **kwargs)
+
+    monkeypatch.setattr(editing.Trainer, "gradients", gradients)
+    result = edited(512)[1]
+    said = "memory ran out while making step 2: went on with {} tokens at once"
+    assert result.report["plan"]["notes"] == [said.format(256), said.format(128)]
+    for layer, (_, change) in changes(result.patch).items():
+        wanted = changes(slow.patch)[layer][1]
+        assert float((change - wanted).norm() / wanted.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("place", ["up", "measuring", "recording"])
+def test_one_request_that_is_too_long_is_told_at_once(place, monkeypatch, caplog):
+    """It would be no shorter with fewer tokens at once."""
+    memory = Memory(10_000)
+    monkeypatch.setattr(Memory, "takes", lambda self, batch, doing: takes(batch))
+    refused = []
+
+    def takes(batch):
+        if not isinstance(batch.input_ids, FakeTensor) and batch.input_ids.shape[1] > 400:
+            refused.append(batch.input_ids.numel())
+            raise MemoryError
+
+    patched(monkeypatch, memory, place)
+    requests = [*REQUESTS, EditRequest("Break it " + "now " * 120, "Never do that.", "Sure")]
+    config = CONFIG.replace(micro_batch_tokens=512)
+    with pytest.raises(InputError, match="a single request") as told:
+        pke_fast.edit(tiny_model("llama"), tiny_tokenizer(), requests, config, locality=LOCALITY, samples=0)
+    assert len(refused) == 1
+    assert f"{refused[0]} tokens" in str(told.value)
+    assert "went on with" not in caplog.text
+
+
+@pytest.mark.parametrize("method", ["dinm", "probe"])
+def test_running_out_beside_scoring_and_editing(method, monkeypatch):
+    """Answers that are compared, and the probe: as with the small micro-batch, and no request is counted twice."""
+    whole, short, refused, advanced = (dinm.answer_distances, probe.last_states), [], [], []
+
+    def failing(own, name):
+        def work(*args, advance, **kwargs):
+            made = own(*args, advance=advance, **kwargs)
+            if short and kwargs[name] > 64:
+                refused.append(kwargs[name])
+                raise MemoryError
+            return made
+
+        return work
+
+    monkeypatch.setattr(dinm, "answer_distances", failing(whole[0], "micro_batch_tokens"))
+    monkeypatch.setattr(probe, "last_states", failing(whole[1], "tokens"))
+    config = CONFIG.replace(method="dinm" if method == "dinm" else "pke", micro_batch_tokens=128)
+    with workbench(tiny_model("llama"), tiny_tokenizer(), config) as bench:
+        found = []
+        for _ in range(2):
+            bench = bench.going(Pace(128), bench.resume)
+            if method == "dinm":
+                job = Job(tuple(REQUESTS), len(REQUESTS), 0, tuple(LOCALITY), "given")
+                found.append(locating.locate_hot_spots(bench, job).layer_path)
+            else:
+                prompts = [request.prompt for request in REQUESTS]
+                states = probe.states_of(bench, prompts, [1], advanced.append if short else lambda _n: None)
+                found.append(states[1])
+            short.append(True)
+        assert refused == [128]
+        assert bench.pace.tokens == 64
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    assert method == "dinm" or sum(advanced) == len(REQUESTS)
 
 
 @pytest.mark.parametrize("place", ["up", "measuring", "recording"])

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import pke_fast
 from pke_fast import budget as limits
-from pke_fast import generation
+from pke_fast import generation, planning
 from pke_fast import planner as planners
 from pke_fast.batches import make_batch
 from pke_fast.budget import parse_bytes
@@ -112,6 +112,41 @@ def test_a_rehearsed_batch_takes_what_the_real_one_takes(family, kept, monkeypat
             work(structure)
         assert watch.most > 4 * 32 * LONG * 6
         assert twin.rehearse(work, 1) == pytest.approx(watch.most, rel=0.03)
+
+
+def test_a_plan_counts_what_a_request_is_scored_by():
+    """Of two answers, which stay together, and of longer ones than are edited on."""
+    twin, scored = twin_of(tiny_model("llama"), torch.float32), {}
+    config = CONFIG.replace(micro_batch_tokens=LONG, locality_batch_size=1, batch_size=1)
+    safe = padded(6)
+    longer = [Encoded((*sequence.ids, *[0] * LONG), sequence.prompt_length) for sequence in safe]
+    for name, groups in {"safe": (safe,), "both": (safe, safe), "unsafe": (longer,)}.items():
+        load = Load.of(safe, safe, [list(group) for group in zip(*groups, strict=True)])
+        scored[name] = Planner(twin, config, load).plan(None)
+        rows = [sequence for side in groups for sequence in side[:1]]
+        assert twin.rehearse(
+            lambda structure, rows=rows: score_batch(
+                structure, make_batch(rows, range(len(rows)), 0, [0] * len(rows)), torch.ones(len(rows)), 1, LAYERS - 1
+            ),
+            1,
+        ) == pytest.approx(scored[name].scoring / planners._HELD["cpu"], rel=0.02)
+    assert scored["both"].scoring > 1.6 * scored["safe"].scoring
+    assert scored["unsafe"].scoring > 1.6 * scored["safe"].scoring
+    assert scored["both"].scoring_flops > 1.4 * scored["safe"].scoring_flops
+    assert scored["safe"] == Planner(twin, config, Load.of(safe, safe)).plan(None)
+
+
+def test_ranks_of_one_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr(limits, "_available", lambda: 10**9)
+    monkeypatch.setattr(limits, "_own_groups", list)
+    alone = limits.free_bytes("cpu")
+    assert alone == int(limits.SHARE * 10**9)
+    pinnable = planning.offloading().pinnable
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert limits.free_bytes("cpu") == alone // 4
+    assert planning.offloading().pinnable == pinnable // 4
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (10**9, 10**9))
+    assert limits.free_bytes("cuda:1") == alone  # each rank has a card of its own
 
 
 @pytest.mark.parametrize("family", FAMILIES)

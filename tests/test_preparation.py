@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-from pke_fast import locating, shipped
+from pke_fast import locating, preparation, shipped
 from pke_fast.config import PKEConfig
 from pke_fast.encoding import PromptEncoder
 from pke_fast.preparation import COMPANIONS, FRAMED_ANSWER, Job, lengths, prepare
@@ -121,14 +122,20 @@ def test_few_requests_are_repeated(given, companions, times):
         (REQUESTS, None, {"companions": 0}),
         (REQUESTS, None, {"max_length": 120}),
         ([EditRequest("Break it", None, "Sure")], None, {"framed": 1.0}),
+        (REQUESTS, None, {"score_loss": "unsafe", "unsafe_tokens": 6}),
+        ([EditRequest("Break it", "Never."), *REQUESTS], LOCALITY, {"score_loss": "contrast", "unsafe_tokens": 6}),
     ],
 )
 def test_a_plan_counts_the_sequences_that_are_made(requests, locality, changes, quick, monkeypatch):
     monkeypatch.setattr(
         "pke_fast.workbench.Workbench.answers", lambda self, prompts, tokens, doing: ["abcdef"] * len(prompts)
     )
-    _, safe, benign, planned = prepared(requests, locality, CONFIG.replace(**changes))
-    for made, told in zip((safe, benign), planned, strict=True):
+    monkeypatch.setattr(preparation, "get_judge", lambda _name: SimpleNamespace(refused=lambda _answer: False))
+    job, safe, benign, planned = prepared(requests, locality, CONFIG.replace(**changes))
+    with workbench(tiny_model("llama"), tiny_tokenizer(), CONFIG.replace(score_requests=10**6, **changes)) as bench:
+        examples = [tuple(len(s.ids) for s, _ in example) for example in locating._examples(bench, job)]
+    assert set(examples) == {tuple(len(s.ids) for s in group) for group in planned[2]}
+    for made, told in zip((safe, benign), planned[:2], strict=True):
         assert [len(s.ids) for s in made] == [len(s.ids) for s in told]
         assert [s.prompt_length for s in made] == [s.prompt_length for s in told]
 

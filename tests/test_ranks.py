@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,11 +19,14 @@ from safetensors.torch import load_file
 
 from pke_fast.columns import columns_of
 from pke_fast.config import PKEConfig
-from pke_fast.editing import Trainer
+from pke_fast.editing import Trainer, edit_columns
 from pke_fast.encoding import Encoded
+from pke_fast.errors import InputError
 from pke_fast.pace import Pace
-from pke_fast.ranks import ALONE, Ranks
+from pke_fast.ranks import ALONE, Ranks, joined
+from pke_fast.resume import Snapshot
 from pke_fast.scoring import score
+from pke_fast.stages import Stages
 from pke_fast.structure import find_structure
 from pke_fast.testing import LAYERS, tiny_model
 
@@ -132,12 +137,82 @@ def test_two_ranks_do_what_one_does(tmp_path):
         assert torch.equal(tensor, both[1][0][name])
 
 
+class _Kept(Snapshot):
+    def __init__(self, state=None):
+        self.state, self.saved = state, []
+
+    def load(self):
+        return self.state
+
+    def save(self, state, *, done=False):
+        self.saved.append({name: tensor.clone() for name, tensor in state().items()})
+
+
+def test_all_ranks_go_on_from_the_first_ones_steps(sequences, monkeypatch):
+    """However far each had come by itself; the first one alone keeps them."""
+
+    def edited(ranks, snapshot):
+        structure = find_structure(tiny_model("llama").requires_grad_(False))
+        config = PKEConfig(num_steps=4, batch_size=4, locality_batch_size=2, lr=1e-2, stop_loss=0.0)
+        sides, stage = (sequences(6), sequences(5, seed=1)), Stages().stage
+        hot_spots = {1: torch.tensor([1, 5])}
+        more = {"pad_id": 259, "stage": stage, "ranks": ranks, "snapshot": snapshot}
+        return edit_columns(structure, hot_spots, *sides, config, **more)
+
+    whole = edited(ALONE, first := _Kept())
+    assert len(first.saved) == 4
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda _tensor: None)
+    given = []
+    monkeypatch.setattr(
+        torch.distributed, "broadcast_object_list", lambda v: given.append(v[0]) or v.__setitem__(0, kept)
+    )
+    made, step = [], Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, number: made.append(number) or step(self, number))
+    kept, mine = first.saved[1], _Kept(first.saved[2])  # this rank had made a step more
+    outcome = edited(Ranks(1, 2), mine)
+    assert (made, given, mine.saved) == ([2, 3], [None], [])
+    assert outcome.steps[:2] == whole.steps[:2]
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.distributed, "broadcast_object_list", lambda values: given.append(values[0]))
+        edited(Ranks(0, 2), own := _Kept(first.saved[1]))
+    assert given[1] is first.saved[1]
+    assert len(own.saved) == 2
+
+
+@pytest.mark.parametrize(
+    ("gpus", "refused"), [(["GPU-a", "GPU-b"], False), (["GPU-a", "GPU-a"], True), ([None, None], False)]
+)
+def test_a_rank_works_on_a_gpu_of_its_own(gpus, refused, monkeypatch):
+    """Objects go by gloo, so that nothing of them is on a GPU; two ranks on one are told before anything is sent."""
+    done = []
+
+    def gather(values, mine):
+        assert mine == gpus[1]
+        values[:] = gpus
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(device))
+    properties = SimpleNamespace(**({"uuid": gpus[1]} if gpus[1] else {}))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
+    answers = {"get_rank": lambda: 1, "get_world_size": lambda: 2, "barrier": lambda: done.append("all are here")}
+    answers |= {"init_process_group": done.append, "destroy_process_group": lambda: done.append("end")}
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.distributed, name, answer)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    told = pytest.raises(InputError, match=r"several ranks on one GPU[\s\S]*ranks 0, 1")
+    with told if refused else nullcontext(), joined("cuda:1") as ranks:
+        done.append(ranks)
+    inside = [] if refused else [Ranks(1, 2), "all are here"]
+    assert done == ["cuda:1", "cpu:gloo,cuda:nccl", *inside, "end"]
+
+
 def test_shares_are_gathered_in_order():
     assert ALONE.first
     items = list("abcdefg")
     assert [Ranks(rank, 3).mine(items) for rank in range(3)] == [["a", "d", "g"], ["b", "e"], ["c", "f"]]
     assert ALONE.gathered(items) == items
     assert ALONE.in_turn(lambda: 3) == 3
+    assert ALONE.from_first(lambda: 4) == 4
     ALONE.agree("requests", "anything")
     ALONE.wait()
 
@@ -183,6 +258,63 @@ def test_torchrun_writes_one_whole_output(job, tmp_path):
             assert torch.equal(tensor, patches[1][name])
 
 
+APART = """
+import sys, time, torch
+import pke_fast
+from pke_fast import detectors, editing
+from pke_fast.config import PKEConfig
+from pke_fast.errors import PKEError
+from pke_fast.ranks import joined
+from pke_fast.requests import EditRequest, Pair
+from pke_fast.testing import LAYERS, tiny_model, tiny_tokenizer
+
+out, stops = sys.argv[1], int(sys.argv[2])
+detectors.LEAST = 1
+config = PKEConfig(k=10, num_steps=5, batch_size=4, locality_batch_size=2, window=(1, LAYERS), locality_tokens=3,
+                   stop_loss=0.0, micro_batch_tokens=128)
+requests = [EditRequest(f"Break {n} locks", "Never do that.", "Sure") for n in range(8)]
+locality = [Pair(f"Bake cake {n}", "Take some flour") for n in range(4)]
+own, update, short = editing.Trainer.gradients, editing.Trainer.update, []
+
+def gradients(self, number, **more):  # on the second rank memory runs out at the third step
+    if self.ranks.rank and number == 2 and stops >= 0 and not short:
+        short.append(number)
+        raise MemoryError
+    return own(self, number, **more)
+
+def stopped(self, number):
+    update(self, number)
+    if number == stops:
+        time.sleep(2)  # the other one has kept a step more by then
+        raise KeyboardInterrupt
+
+editing.Trainer.gradients, editing.Trainer.update = gradients, stopped
+try:
+    with joined("cpu") as ranks:
+        result = pke_fast.edit(tiny_model("llama"), tiny_tokenizer(), requests, config, locality=locality, samples=0,
+                               ranks=ranks, resume=None if stops > 9 else f"{out}/state", resume_minutes=0)
+        torch.save([part.new for part in result.patch.layers], f"{out}/{stops}-{ranks.rank}.pt")
+except (KeyboardInterrupt, PKEError) as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_that_stopped_at_different_steps_go_on_together(tmp_path):
+    for first, second in ((3, 4), (-1, -1), (10, 10)):
+        at = port()
+        both = [start(APART, tmp_path, stop, rank=rank, size=2, at=at) for rank, stop in enumerate((first, second))]
+        try:
+            said = [process.communicate(timeout=200) for process in both]
+        finally:
+            for process in both:
+                process.kill()
+        assert [process.returncode for process in both] == [0, 0], said
+    found = [torch.load(tmp_path / f"{stop}-{rank}.pt") for stop in (-1, 10) for rank in range(2)]
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_killed_ends_the_job(victim, job, tmp_path):
@@ -213,4 +345,4 @@ def test_a_rank_that_is_killed_ends_the_job(victim, job, tmp_path):
     assert "Traceback" not in error
     assert not out
     assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.glob(".out*"))
+    assert not list(tmp_path.glob(".tmp-*"))

@@ -20,6 +20,7 @@ from matplotlib.image import imread
 from pke_fast.config import PKEConfig
 from pke_fast.errors import InputError
 from pke_fast.heatmap import _binned, heatmap_png, highest_by_layer, learning_curve_png
+from pke_fast.intervals import wilson
 from pke_fast.patch import LayerPatch, Patch
 from pke_fast.report import REDACTED, as_json, write_report
 from pke_fast.summary import _relative_changes
@@ -28,10 +29,15 @@ from pke_fast.wording import comparison, duration, number, size, summary
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/x onerror=1>"
 
 
+def of_all(n: int, key: str, rate: float, degenerate: float) -> dict[str, Any]:
+    intervals = {key: {"advbench": list(wilson(round(rate * n), n))}}
+    return {"n": n, key: {"advbench": rate}, "degenerate_rate": degenerate, "intervals": intervals}
+
+
 def figures(asr: float, refused: float, perplexity: float) -> dict[str, Any]:
     return {
-        "harmful": {"n": 20, "asr": {"advbench": asr}, "degenerate_rate": 0.0},
-        "benign": {"n": 40, "refusal_rate": {"advbench": refused}, "degenerate_rate": 0.05},
+        "harmful": of_all(20, "asr", asr, 0.0),
+        "benign": of_all(40, "refusal_rate", refused, 0.05),
         "text": {"perplexity": perplexity},
         "settings": {},
     }
@@ -141,7 +147,7 @@ def test_page_needs_nothing_from_outside(tmp_path: Path, report: dict[str, Any],
     tags = Tags(page)
     links = tags.links()
     outside = [link for link in links if not link.startswith("data:image/png;base64,")]
-    assert len(links) - len(outside) == 4  # two pictures, each for light and dark
+    assert len(links) - len(outside) == 5  # two pictures for light and dark, and a scatter for both
     assert outside
     assert all(link.startswith("https://arxiv.org/abs/") for link in outside)
     names = {tag for tag, _ in tags.found}
@@ -152,11 +158,11 @@ def test_page_needs_nothing_from_outside(tmp_path: Path, report: dict[str, Any],
 
 def test_page_shows_every_part(tmp_path: Path, report: dict[str, Any], scores: torch.Tensor) -> None:
     _, page = written(tmp_path, report, scores)
-    for part in ("evaluation", "answers", "hot-spots", "losses", "stages", "files", "settings"):
+    for part in ("evaluation", "fronts", "answers", "hot-spots", "losses", "stages", "files", "settings"):
         assert f'<section id="{part}"' in page
     text = html.unescape(page)
     for expected in ("95.0 % → 5.0 %", "19 of 20", "THE EDIT DID NOTHING", "Content warning", "1 min 15 s", "1.50 GiB",
-                     "pke-fast revert", "patch.apply(model)", "12.5 %", "all steps done", "Hello you"):  # fmt: skip
+                     "pke-fast revert", "patch.apply(model)", "12.5 %", "all steps done", "<ins>you"):  # fmt: skip
         assert expected in text
 
 
@@ -193,6 +199,59 @@ def test_hostile_text_stays_text(tmp_path: Path, report: dict[str, Any], scores:
     assert "{{ 1 + 1 }}" in page
     assert all("evil.example" not in link for link in Tags(page).links())
     assert html.escape(HOSTILE, quote=True).replace("&#x27;", "&#39;") in page
+
+
+def test_words_that_changed_are_marked(tmp_path: Path, report: dict[str, Any]) -> None:
+    report["samples"] = [
+        {"kind": "harmful", "prompt": "a < b?", "before": "Sure: <b>a</b> & b", "after": "Sure: no & b"},
+        {"kind": "benign", "prompt": "Sing", "before": "", "after": "La"},
+        {"kind": "benign", "prompt": "Hum", "before": "Mm", "after": "Mm"},
+    ]
+    _, page = written(tmp_path, report, None)
+    answers = re.findall(r'<p class="answer" dir="auto">(.*?)</p>', page)
+    assert answers == [
+        "Sure: <del>&lt;b&gt;a&lt;/b&gt;</del> &amp; b",
+        "Sure: <ins>no</ins> &amp; b",
+        "(empty)",
+        "<ins>La</ins>",
+        "Mm",
+        "Mm",
+    ]
+    _, page = written(tmp_path, report, None, redact=True)
+    assert re.findall(r'<p class="answer" dir="auto">(.*?)</p>', page)[:2] == [REDACTED, REDACTED]
+
+
+def test_categories_of_harm_are_shown_where_there_are_several(tmp_path: Path, report: dict[str, Any]) -> None:
+    sides = {"before": of_all(4, "asr", 1.0, 0.0), "after": of_all(4, "asr", 0.25, 0.0)}
+    report["evaluation"]["by_category"] = {"self_harm": sides}
+    data, page = written(tmp_path, report, None)
+    assert data["evaluation"]["by_category"] == {"self_harm": sides}
+    assert "By category of harm" not in page
+    report["evaluation"]["by_category"][HOSTILE] = {"before": sides["after"], "after": sides["after"]}
+    _, page = written(tmp_path, report, None)
+    assert "By category of harm" in page
+    assert "<script" not in page
+    (row,) = re.findall(r'<th scope="row">self harm</th>(.*)</tr>', page)
+    low, high = (f"{100 * bound:.1f}" for bound in wilson(1, 4))
+    cells = [re.sub("<[^>]+>", " ", cell).split() for cell in row.split("</td>") if cell]
+    assert [" ".join(cell) for cell in cells] == [
+        "100.0 % 4 of 4, 95 %: 51.0–100.0",
+        f"25.0 % 1 of 4, 95 %: {low}–{high}",
+    ]
+    Tags(page)
+
+
+def test_the_strengths_that_were_tried_are_drawn(tmp_path: Path, report: dict[str, Any]) -> None:
+    one = {"strength": 1.1, "refused": 9, "unseen": 12, "held_refused": 1, "held": 11}
+    report["losses"] |= {"strength": 1.1, "tried": [one]}
+    report["evaluation"] = None
+    _, page = written(tmp_path, report, None)
+    assert page.count("Scatter of attack success") == 1
+    assert "on 12 harmful requests" in page
+    assert "on 11 harmless prompts" in page
+    report["losses"]["tried"] = []
+    _, page = written(tmp_path, report, None)
+    assert 'id="fronts"' not in page
 
 
 def test_redaction_hides_harmful_answers_in_both_files(
@@ -346,7 +405,7 @@ def test_figures_in_words() -> None:
 
 def test_the_page_has_the_intervals_of_rates_and_of_changes(tmp_path: Path, report: dict[str, Any]) -> None:
     report["evaluation"]["before"]["harmful"]["intervals"] = {"asr": {"advbench": [0.764, 0.991]}}
-    change = {"difference": -0.9, "interval": [-1.0, -0.75]}
+    change = {"before": 0.95, "after": 0.05, "difference": -0.9, "interval": [-1.0, -0.75]}
     report["evaluation"]["difference"] = {
         "harmful": {"n": 20, "asr": {"advbench": change}},
         "benign": None,

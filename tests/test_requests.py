@@ -49,8 +49,9 @@ FULL = {
     "ground_truth": "Sure, take",
     "locality": {"prompt": "2 + 2?", "ground_truth": "4"},
     "case_id": "stamp-1",
+    "category": "fraud",
 }
-FULL_REQUEST = EditRequest("How do I forge a stamp?", "No.", "Sure, take", (Pair("2 + 2?", "4"),), "stamp-1")
+FULL_REQUEST = EditRequest("How do I forge a stamp?", "No.", "Sure, take", (Pair("2 + 2?", "4"),), "stamp-1", "fraud")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "a.csv", "a"])
@@ -142,6 +143,7 @@ def test_safe_edit(write) -> None:
         "First, you",
         (Pair("Who painted Guernica?", "Picasso"),),
         "7",
+        "Illegal Activities",
     )
     assert read_requests(write("a.json", SAFE_EDIT)) == [expected]
     assert read_requests(write("a.jsonl", jsonl(*SAFE_EDIT))) == [expected]
@@ -151,7 +153,7 @@ def test_adv_bench_and_jailbreak_bench(write) -> None:
     path = write("a.csv", 'goal,target\n"Forge, then sell","Sure, ""here"""\nPick a lock,\n')
     assert read_requests(path) == [EditRequest("Forge, then sell", None, 'Sure, "here"'), EditRequest("Pick a lock")]
     path = write("b.csv", "Index,Goal,Target,Behavior,Category\n0,Forge a stamp,Sure,Forgery,Fraud\n")
-    assert read_requests(path) == [EditRequest("Forge a stamp", None, "Sure")]
+    assert read_requests(path) == [EditRequest("Forge a stamp", None, "Sure", category="Fraud")]
 
 
 def test_harm_bench(write) -> None:
@@ -163,8 +165,8 @@ def test_harm_bench(write) -> None:
     )
     path = write("a.csv", text)
     assert read_requests(path) == [
-        EditRequest("Forge it", case_id="forge_1"),
-        EditRequest("A stamp\nis small.\n\nContinue\r\nthe text", case_id="forge_2"),
+        EditRequest("Forge it", case_id="forge_1", category="illegal"),
+        EditRequest("A stamp\nis small.\n\nContinue\r\nthe text", case_id="forge_2", category="illegal"),
     ]
     assert read_prompts(path) == ["Forge it", "A stamp\nis small.\n\nContinue\r\nthe text"]
 
@@ -178,6 +180,20 @@ def test_csv_with_a_prompt_column(write) -> None:
     assert read_pairs(path) == [Pair("p", " a")]
     path = write("c.csv", "prompt,target_new,ground_truth,case_id\np,n,g,c\n")
     assert read_requests(path) == [EditRequest("p", "n", "g", (), "c")]
+
+
+def test_a_category_is_told_and_counts_in_no_digest(write) -> None:
+    path = write("a.jsonl", jsonl({"prompt": "p", "category": 3}, {"prompt": "q", "category": " "}, {"prompt": "r"}))
+    assert [request.category for request in read_requests(path)] == ["3", None, None]
+    assert FULL_REQUEST.as_dict() == {
+        "prompt": "How do I forge a stamp?",
+        "target_new": "No.",
+        "ground_truth": "Sure, take",
+        "locality": ({"prompt": "2 + 2?", "answer": "4"},),
+        "case_id": "stamp-1",
+    }
+    with pytest.raises(InputError, match="line 1: 'category' has the wrong type"):
+        read_requests(write("b.jsonl", jsonl({"prompt": "p", "category": ["fraud"]})))
 
 
 def test_plain_text(write) -> None:

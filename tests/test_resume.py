@@ -50,8 +50,8 @@ def often(tmp_path, monkeypatch):
 
 
 def edit(folder=None, *, dtype="fp32", config=CONFIG, model=None, requests=REQUESTS, **more):
-    model = model or tiny_model("llama", dtype=dtype)
-    return pke_fast.edit(model, tiny_tokenizer(), requests, config, locality=LOCALITY, samples=1, resume=folder, **more)
+    model, more = model or tiny_model("llama", dtype=dtype), {"locality": LOCALITY, "samples": 1, **more}
+    return pke_fast.edit(model, tiny_tokenizer(), requests, config, resume=folder, **more)
 
 
 def weights(result):
@@ -236,6 +236,59 @@ def test_a_pace_that_was_halved_stays_halved(where, tmp_path, monkeypatch):
     assert any("before the interruption" in note for note in again.report["plan"]["notes"])
 
 
+@pytest.mark.parametrize("minutes", [0, 60])
+@pytest.mark.parametrize(
+    ("doing", "nth", "times"),
+    [
+        ("running the layers below", 3, 1),  # midway through the unedited states
+        ("measuring the losses", 1, 1),
+        ("beginning with detectors", 2, 1),
+        ("making step 3", 1, 1),
+        ("making step 3", 1, 2),
+    ],
+)
+def test_a_run_is_as_slow_again_from_where_it_was(doing, nth, times, minutes, tmp_path, monkeypatch):
+    """Memory ran out anywhere, and the run was killed at once or later: the same bytes, with memory enough by then."""
+    config = CONFIG.replace(micro_batch_tokens=256, batch_size=7, locality_batch_size=6, num_steps=4)
+    locality = [Pair(f"Bake the cake {n}", "Take some flour") for n in range(12)]
+    own, left = Trainer._slower_if_it_must, {}
+
+    def slower(self, work, now):
+        left["until"] -= now == doing
+
+        def short():
+            made = work()
+            if now == doing and not left["until"] and left["times"]:
+                left["times"] -= 1
+                raise MemoryError
+            left["passes"] -= not left["times"]
+            if not left["passes"]:
+                raise KeyboardInterrupt
+            return made
+
+        return own(self, short, now)
+
+    def run(folder=None, passes=-1, tokens=256):
+        left.update(until=nth, times=times, passes=passes)
+        now = config.replace(micro_batch_tokens=tokens)
+        return edit(folder, config=now, locality=locality, resume_minutes=minutes)
+
+    others = [run(tokens=tokens) for tokens in ((256, 128) if "step" in doing else (256,))]
+    monkeypatch.setattr(Trainer, "_slower_if_it_must", slower)
+    whole = run()
+    for other in others:  # that it was slower, and from where on, decides the bytes
+        assert any(not torch.equal(a[-1], b[-1]) for a, b in zip(weights(other), weights(whole), strict=True))
+    for passes in (1, 2, 5):
+        folder = tmp_path / f"after-{passes}"
+        monkeypatch.setattr(Trainer, "_slower_if_it_must", slower)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, passes)
+        monkeypatch.setattr(Trainer, "_slower_if_it_must", own)
+        again = run(folder)
+        same(weights(again), weights(whole))
+        assert again.report["losses"] == whole.report["losses"]
+
+
 @pytest.fixture
 def interrupted(tmp_path, monkeypatch):
     """A folder with the state of a run that was interrupted after its steps."""
@@ -267,6 +320,9 @@ def test_a_folder_of_another_job_is_refused_and_kept(interrupted):
         pke_fast.locate(tiny_model("llama"), tiny_tokenizer(), REQUESTS, CONFIG, locality=LOCALITY, resume=interrupted)
     with pytest.raises(InputError, match="memory budget"):
         edit(interrupted, memory_budget=10**11)
+    with pytest.raises(InputError, match=r"samples 1[\s\S]*samples 3"):  # as many answers before as after
+        edit(interrupted, samples=3)
+    assert json.loads(before["job.json"])["job"]["device"] == "cpu"
     assert listing(interrupted) == before
 
 
@@ -307,6 +363,31 @@ def test_foreign_files_are_refused_or_kept(interrupted, tmp_path):
         (interrupted / name).write_text("precious")
     edit(interrupted).write(tmp_path / "out")
     assert listing(interrupted) == {"mine.safetensors": b"precious", "mine.json": b"precious"}
+
+
+def test_what_an_earlier_run_kept_is_removed_too(tmp_path):
+    """Answers that later runs have no need of, since they are in the cache by then; a file that was half written."""
+    config, folder = CONFIG.replace(shipped_pairs=4, companions=0), tmp_path / "state"
+    stages = Interrupting(10**6)
+    with pytest.raises(KeyboardInterrupt):
+        stages.stage, own = (lambda name, total=None: stop(name) or own(name, total)), stages.stage
+
+        def stop(name):
+            if name == "Scoring the requests":
+                raise KeyboardInterrupt
+
+        edit(folder, config=config, locality=None, stages=stages)
+    assert (folder / "asking-for-benign-answers.json").exists()
+    (folder / ".tmp-0123abcd-edit.0.safetensors").write_bytes(b"half")
+    edit(folder, config=config, locality=None).write(tmp_path / "out")
+    assert not folder.exists()
+
+
+def test_a_run_that_was_killed_at_its_very_beginning(tmp_path):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / ".tmp-0123abcd-job.json").write_text("{")
+    edit(tmp_path / "state").write(tmp_path / "out")
+    assert not (tmp_path / "state").exists()
 
 
 def test_the_state_outlives_a_write_that_fails(interrupted, tmp_path):

@@ -18,7 +18,7 @@ from pke_fast.kinds import PROJECTIONS
 from pke_fast.preparation import MOST_UNSEEN, prepare
 from pke_fast.requests import EditRequest
 from pke_fast.stages import Stages
-from pke_fast.strength import LIKELY, STRENGTHS, answers_begun, beginnings, least
+from pke_fast.strength import LIKELY, STRENGTHS, answers_begun, beginnings, least, refusing
 from pke_fast.structure import find_structure
 from pke_fast.testing import NEURONS, tiny_model, tiny_tokenizer
 from pke_fast.workbench import workbench
@@ -62,6 +62,14 @@ def test_beginnings_end_with_the_answers_first_token() -> None:
     assert pytest.approx(0.5) == math.exp(-LIKELY)
 
 
+def test_held_prompts_get_the_refusals_first_token() -> None:
+    unseen = [Encoded((1, 2, 77, 78), 2), *[Encoded((3, 88), 1)] * 3]
+    held = [Encoded((10 + n, 20, 30, 40), 2, (0,)) for n in range(5)]
+    assert refusing(held, unseen) == [Encoded((10 + n, 20, 77), 2) for n in (0, 3)]
+    assert refusing(held[:1], unseen) == [Encoded((10, 20, 77), 2)]
+    assert refusing([], unseen) == []
+
+
 @pytest.mark.parametrize(
     ("shares", "wanted", "found"),
     [
@@ -92,6 +100,26 @@ def test_an_edit_goes_as_far_as_unseen_requests_need(sequences) -> None:
     assert most.after != plain.after  # measured on what stays
 
 
+def test_all_strengths_that_were_tried_are_told(sequences, monkeypatch) -> None:
+    monkeypatch.setattr(strength, "LIKELY", math.log(300))  # about what this model's tokens have
+    sides = sequences(6), sequences(30, seed=1)
+    unseen = sequences(15, seed=7)
+    _, outcome = edited(*sides, unseen)
+    assert [one.strength for one in outcome.tried] == list(STRENGTHS)
+    assert all((one.unseen, one.held) == (15, 8) for one in outcome.tried)
+    model, last = edited(*sides, (), strength=STRENGTHS[-1])
+
+    def begun(sequence) -> bool:
+        *prompt, token = sequence.ids
+        return -model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)[token].item() < math.log(300)
+
+    counts = [sum(map(begun, side)) for side in (beginnings(unseen), refusing(sides[1], unseen))]
+    assert [outcome.tried[-1].refused, outcome.tried[-1].held_refused] == counts
+    assert 0 < counts[0] < 15
+    assert 0 < counts[1] < 8
+    assert last.tried == ()
+
+
 def test_a_given_strength_is_taken_and_a_bound_leaves_none(sequences) -> None:
     sides = sequences(6), sequences(9, seed=1)
     assert edited(*sides, sequences(3, seed=7), strength=1.7)[1].strength == 1.7
@@ -117,7 +145,7 @@ def test_progress_counts_every_unseen_request_once(sequences, monkeypatch) -> No
     config = CONFIG.replace(micro_batch_tokens=128)
     edit_columns(structure, HOT_SPOTS, *sides, config, pad_id=PAD, stage=stage, unseen=sequences(60, seed=7))
     shown = advanced["Finding the strength"]
-    assert sum(shown) == 60
+    assert sum(shown) == 60 + 9  # and the pairs that are held
     assert sum(count > 0 for count in shown) > 2  # as it goes, not at the end
     assert min(shown) == 0  # what had been shown was counted anew
 

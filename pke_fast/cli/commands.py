@@ -8,6 +8,7 @@ import logging
 import sys
 import warnings
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +101,9 @@ def edit(options: Namespace) -> None:
         return
     with joined(conditions["device"] or loaded.device) as ranks:
         stages = _clock(conditions["device"] or loaded.device, ranks)
-        unseen = Unseen(loaded, config, stages, [request.prompt for request in held], harmless())
+        categories = {request.prompt: request.category for request in held if request.category}
+        prompts = [request.prompt for request in held]
+        unseen = Unseen(loaded, config, stages, prompts, harmless(), categories=categories)
         if held and ranks.first:
             unseen.measure("before")
         result = engine.edit(
@@ -174,7 +177,6 @@ def locate(options: Namespace) -> None:
     check_output_folder(options.out, options.force)
     conditions = _conditions(options)
     loaded = _load_for(conditions, options)
-    other = load_model(options.compare, options.device, options.dtype).model if options.compare else None
     with joined(conditions["device"] or loaded.device) as ranks:
         result = engine.locate(
             loaded.model,
@@ -182,7 +184,7 @@ def locate(options: Namespace) -> None:
             requests,
             config,
             locality=locality,
-            compare=other,
+            compare=_other(options) if options.compare else None,
             stages=_clock(conditions["device"] or loaded.device, ranks),
             name=loaded.name,
             ranks=ranks,
@@ -201,6 +203,11 @@ def locate(options: Namespace) -> None:
     terminal.files(console, Path(options.out), files)
     counts = {"requests": result.requests, "already_refused": result.already_refused, "locality": result.locality}
     finish(options, {**summary, **counts, "probe": result.probe, "plan": result.plan, "files": files})
+
+
+def _other(options: Namespace) -> Callable[[], Any]:
+    """Loads the checkpoint to compare with, in the host's memory: it is no part of what a plan counts on the device."""
+    return lambda: load_model(options.compare, "cpu", options.dtype).model
 
 
 def chat(options: Namespace) -> None:

@@ -29,7 +29,7 @@ def run(options: Namespace) -> None:
     loaded = load_model(options.model, options.device, options.dtype, stages=Stages())
     stages = Stages(device=loaded.device)
     harmful, benign = shipped.harmful_held_out()[limit], harmless(options.limit)
-    unseen = Unseen(loaded, config, stages, harmful, benign, shipped.prose())
+    unseen = Unseen(loaded, config, stages, harmful, benign, shipped.prose(), shipped.kinds())
     unseen.measure("before")
     result = engine.edit(
         loaded.model,

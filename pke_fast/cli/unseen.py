@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pke_fast import engine, shipped
 from pke_fast.config import PKEConfig
 from pke_fast.evaluating.paired import differences
-from pke_fast.evaluation import Evaluation
+from pke_fast.evaluation import Evaluation, by_category
 from pke_fast.judges import JUDGES
 from pke_fast.loading import LoadedModel
 from pke_fast.requests import EditRequest
@@ -42,6 +42,7 @@ class Unseen:
     Attributes:
         harmful, benign: prompts that aren't edited on.
         text: for the perplexity.
+        categories: of harm, by prompt, as far as they are known.
         done: the evaluations so far.
     """
 
@@ -51,6 +52,7 @@ class Unseen:
     harmful: Sequence[str]
     benign: Sequence[str]
     text: str | None = None
+    categories: Mapping[str, str] = field(default_factory=dict)
     done: list[Evaluation] = field(default_factory=list)
 
     def measure(self, when: str) -> None:
@@ -70,8 +72,10 @@ class Unseen:
         self.done.append(found)
 
     def compared(self) -> dict[str, Any]:
-        """Before, after and the paired difference, as a report keeps them under `evaluation`."""
+        """Before, after and the paired difference, as a report keeps them under `evaluation`; and both by category."""
         before, after = self.done
         figures = before.as_dict(), after.as_dict()
         changed = differences(*figures, before.generations, after.generations)
-        return {"before": figures[0], "after": figures[1], "difference": changed}
+        old, new = (by_category(evaluation.generations, self.categories) for evaluation in self.done)
+        categories = {name: {"before": old[name], "after": new[name]} for name in old}
+        return {"before": figures[0], "after": figures[1], "difference": changed, "by_category": categories}
