@@ -30,11 +30,11 @@ def plan(options: Namespace) -> None:
         twin = twin_of_config(outline.config, outline.dtype)
         process = 0 if outline.device.startswith("cuda") else PeakMemory().current() or 0
         budget = parse_bytes(options.memory_budget) if options.memory_budget else None
-        if budget is None and (free := free_bytes(outline.device)) is not None:
-            budget = free + process
         job = {"edits": not options.locate_only, "process": process, "mapped": twin.weights * outline.mapped}
         if waits_on_host(outline.device, twin.weights, budget):
             job["residence"] = offloading()
+        if budget is None and (free := free_bytes(outline.device)) is not None:
+            budget = free + process
         made = Planner(twin, config, load, outline.device, **job).plan(budget)
     found = made.as_dict()
     rate = matmul_rate(outline.device, outline.dtype, twin.structure.hidden_size, twin.structure.neurons)

@@ -40,8 +40,8 @@ def apply_pke_to_model(
         model: a causal language model of transformers, edited in place where it is.
         tok: its tokenizer.
         requests: each with prompt and target_new; ground_truth and locality are filled in where they are missing.
-        hparams: `PKEHyperParams`, or EasyEdit's own of DINM. `k` neurons are chosen (a thousand), or as many as there
-            are in the layers allowed.
+        hparams: `PKEHyperParams`, or EasyEdit's own of DINM. `k` neurons are chosen (300), or as many as there are in
+            the layers allowed.
         copy: edit a deep copy.
         return_orig_weights: for EasyEdit's sake; `keep_original_weight` alone decides.
         keep_original_weight: return the weights as they were.
@@ -208,11 +208,12 @@ def _fixed(bench: Workbench, requests: Sequence[EditRequest], hparams: Any, laye
     outcome = editing.edit_columns(
         structure,
         hot_spots,
-        job.safe(bench),
+        job.safe(bench, job.edited_on),
         job.held(bench),
         bench.config,
         pad_id=bench.pad_id,
         stage=bench.stages.stage,
+        unseen=job.safe(bench, job.unseen),
     )
     return outcome.layers
 
