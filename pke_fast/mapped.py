@@ -1,7 +1,7 @@
 """Weights that stay in their file: safetensors maps it, and the system reads a weight when it is used.
 
 So a model larger than memory runs on a CPU: whatever isn't written to may be dropped and read again. What is written
-to, the edited layers' down projections, becomes the process's own.
+to, the projections that are edited, becomes the process's own.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=_share,
         metavar="SHARE",
         help="of the requests, at most 48, aren't edited on: attack success on them, and refusals of shipped harmless "
-        "prompts, are measured before and after (default: 0.1; 0 with a memory budget)",
+        "prompts, are measured before and after (default: 0.1; 0 with a memory budget, or where a model is offloaded)",
     )
     edit.add_argument("--save-model", action="store_true", help="write the edited model to DIR/model as well")
     edit.add_argument("--dry-run", action="store_true", help="check everything and say what would be done")
