@@ -43,7 +43,7 @@ class PKEConfig:
             same on the locality pairs), ``toxic`` (without the locality side), one of its factors, or ``random``.
         score_loss: the loss whose gradient scores: of the safe answer, of the unsafe one, or their difference.
         score_requests, score_pairs: most requests (companions counted) and most locality pairs that score; the edit
-            sees all of them.
+            sees as many as its steps come to.
         companions: where no locality pairs are given, so many shipped harmful requests join the given ones: the shipped
             benign prompts have many kinds and forms too, and harm should be all that tells the sides apart.
         shipped_pairs: most shipped benign prompts, where no locality pairs are given.

@@ -37,6 +37,7 @@ GENTLER = "lower lr (--set lr=...), or load the model in fp32 or bf16"
 STEPS = "Editing the hot spots"  # the stage that advances by steps
 BEGIN_MINIBATCHES = 2  # of each side, that detectors are aimed and weighed by
 SAMPLE = 256  # requests and pairs that the losses before and after are measured on
+WATCHED = 1024  # of each that detectors are made from, where steps reach no more
 STOP_WINDOW = 4  # steps in the running means that stop an edit
 
 
@@ -155,6 +156,7 @@ class Trainer:
         self, to: list[_Minibatch], sequences: Sequence[Encoded], size: int, advance: Callable[[int], None], base: bool
     ) -> None:
         order = self._shuffle.sample(range(len(sequences)), len(sequences))
+        order = order[: _reached(len(order), size, self.config)]
         for start in range(0, len(order), size):
             chosen = [sequences[i] for i in order[start : start + size]]
             minibatch = _Minibatch(len(to), list(self.ranks.mine(chosen)), len(chosen), [], [])
@@ -371,6 +373,16 @@ class Trainer:
         return minibatches[number % len(minibatches)]
 
 
+def reached(config: PKEConfig, requests: int, locality: int) -> tuple[int, int]:
+    """How many of the requests and of the locality pairs an edit runs at all: those that its steps come to, and so many
+    as detectors and losses are made from."""
+    return _reached(requests, config.batch_size, config), _reached(locality, config.locality_batch_size, config)
+
+
+def _reached(count: int, size: int, config: PKEConfig) -> int:
+    return min(count, size * max(config.num_steps, -(-max(WATCHED, SAMPLE) // size)))
+
+
 def _sample(minibatches: list[_Minibatch]) -> list[_Minibatch]:
     """As many as hold SAMPLE sequences. The sequences were shuffled, so the first will do."""
     return minibatches[: -(-SAMPLE // minibatches[0].size)] if minibatches else []
@@ -414,7 +426,8 @@ def edit_columns(
     columns = columns_of(structure, hot_spots, config.edited)
     with put_back_on_failure(columns):
         kept = ranks.from_first(snapshot.load)
-        with stage("Running the layers below, once", len(requests) + len(locality)) as advance:
+        counts = reached(config, len(requests), len(locality))
+        with stage("Running the layers below, once", sum(counts)) as advance:
             every = [*requests, *locality]
             beginning = beginning_of(structure, every, min(c.layer for c in columns), pad_id)
             common = len(shared(every))
@@ -436,7 +449,7 @@ def edit_columns(
                 beginning=beginning,
             )
         requests_sampled, pairs_sampled = trainer.sampled()
-        with stage("Measuring the losses before", len(requests) if detectors else requests_sampled) as advance:
+        with stage("Measuring the losses before", counts[0] if detectors else requests_sampled) as advance:
             before = Losses(trainer.edit_loss(advance), 0.0)  # the KL of a model to itself
         if detectors:
             with stage("Beginning with detectors", detectors.stages) as advance:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -65,6 +66,12 @@ class Load:
             locality_widths=tuple(width - begun for width in self.locality_widths),
             begun=self.begun - begun,
         )
+
+    def reached(self, requests: int, locality: int) -> Load:
+        """The same of so many of the requests and of the locality pairs, each of the mean length."""
+        share = (requests + locality) / max(1, self.requests + self.locality)
+        held = self.held * locality // max(1, self.locality)
+        return replace(self, requests=requests, locality=locality, tokens=math.ceil(self.tokens * share), held=held)
 
     @property
     def longest(self) -> int:

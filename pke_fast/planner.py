@@ -17,7 +17,7 @@ from pke_fast.batches import make_batch
 from pke_fast.columns import columns_of
 from pke_fast.config import PKEConfig
 from pke_fast.detectors import detectors_bytes
-from pke_fast.editing import Trainer
+from pke_fast.editing import Trainer, reached
 from pke_fast.encoding import Encoded
 from pke_fast.errors import InputError
 from pke_fast.pace import LEAST_TOKENS, Pace
@@ -84,6 +84,8 @@ class Planner:
         self._most = config.micro_batch_tokens or PREFERRED[self._kind]
         self._begun = load.begun if edits and self._goes_on(load.begun) else 0
         self._rest = load.after(self._begun)  # what is edited on
+        if config.method != "dinm-parity":  # which comes to every request
+            self._rest = self._rest.reached(*reached(config, load.requests, load.locality))
 
     def plan(self, budget: int | None) -> Plan:
         """The fastest plan that fits; with weights left on disk, or layers offloaded, where nothing else does.
@@ -226,13 +228,14 @@ class Planner:
         away = sum(self._sizes[: self._offloaded])
         staging = staging_bytes(structure.layers) if away else self._twin.layer_weights * bool(self._residence.away)
         minibatch = config.batch_size, config.locality_batch_size * bool(load.locality)
-        sequences = max(1, load.requests + load.locality)
-        step = sum(minibatch) * self._rest.tokens / sequences + self._begun * self._tapes(tokens, *minibatch)
-        below, stepped = self._rest.tokens * self._window[0], config.num_steps * step
+        sequences, rest = max(1, load.requests + load.locality), self._rest
+        edited_on = max(1, rest.requests + rest.locality)
+        step = sum(minibatch) * rest.tokens / edited_on + self._begun * self._tapes(tokens, *minibatch)
+        below, stepped = rest.tokens * self._window[0], config.num_steps * step
         requests = min(load.requests, config.score_requests) * load.together
         pairs = min(load.locality, config.score_pairs)
         scored, shared = (requests + pairs) * load.tokens / sequences, self._shared(requests, pairs)
-        held = self._rest.tokens * load.locality / sequences * self._edited  # the unedited model's last states
+        held = rest.tokens * rest.locality / edited_on * self._edited  # the unedited model's last states
         answers = load.answer * minibatch[0] + load.held / max(1, load.locality) * minibatch[1]
         editing = forward * (below + held + stepped * (3 * self._edited - editing_kept))
         editing += 2 * self._head * config.num_steps * answers
@@ -278,7 +281,7 @@ class Planner:
         tokens = min(self._most, load.tokens)
         width = math.ceil(load.tokens / (load.requests + load.locality))
         rows = [Encoded((0,) * width, max(1, width - load.answer))] * max(1, tokens // width)
-        key = "tape", width, len(rows), self._window[0], self._begun
+        key = "tape", width, len(rows), load.tokens, self._window[0], self._begun
         if key not in self._twin.peaks:
             kept: list[int] = []
 
@@ -318,7 +321,7 @@ class Planner:
 
     def _watched(self) -> int:
         """What the edit's detectors take; they are made on the CPU."""
-        load, structure = self._load, self._twin.structure
+        load, structure = self._rest, self._twin.structure
         kinds = set(structure.mlps[-1].kinds)
         if self._kind != "cpu" or not (self._edits and load.locality and kinds <= set(self._config.edited)):
             return 0

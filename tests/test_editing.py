@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -113,6 +113,42 @@ def test_losses_are_measured_on_a_sample(sequences, monkeypatch):
     trainer._watching = lambda batch, _benign, _minibatch: watched.append(len(batch.rows)) or nullcontext()
     assert trainer.edit_loss() == pytest.approx(found.edit, rel=1e-5)
     assert sum(watched) == 10  # detectors see all of them
+
+
+def test_only_what_steps_come_to_is_run(sequences, monkeypatch):
+    """Of more sequences than that an edit is the same, and keeps no more of them."""
+    monkeypatch.setattr(editing, "WATCHED", 6)
+    monkeypatch.setattr(editing, "SAMPLE", 6)
+    requests, locality = sequences(10), sequences(30, seed=1)
+    config = CONFIG.replace(num_steps=2, detectors=False)
+    assert editing.reached(config, 10, 30) == (6, 8)
+    recorded: list[int] = []
+    inner = editing.record
+
+    def recording(structure, batch, *rest, **named):
+        recorded.extend(batch.rows)
+        return inner(structure, batch, *rest, **named)
+
+    monkeypatch.setattr(editing, "record", recording)
+    told: dict[str, int] = {}
+
+    @contextmanager
+    def stage(name, total):
+        told[name] = total
+        yield lambda count: told.update({name: told[name] - count})
+
+    def made():
+        model = tiny_model("llama").requires_grad_(False)
+        return edit_columns(find_structure(model), HOT_SPOTS, requests, locality, config, pad_id=PAD, stage=stage)
+
+    few = made()
+    assert len(recorded) == 6 + 8
+    assert set(told.values()) == {0}  # progress counts what is run
+    monkeypatch.setattr(editing, "WATCHED", 100)
+    every = made()
+    assert len(recorded) == 6 + 8 + 10 + 30
+    assert few.steps == every.steps
+    assert all(torch.equal(a.new, b.new) for a, b in zip(few.layers, every.layers, strict=True))
 
 
 def test_a_step_of_one_micro_batch_is_one_op(sequences, monkeypatch):

@@ -503,3 +503,17 @@ def test_bad_budgets(files, capsys):
         captured = capsys.readouterr()
         assert message in captured.err
         assert not captured.out
+
+
+def test_an_edit_takes_no_more_for_sequences_that_it_does_not_come_to(monkeypatch):
+    monkeypatch.setattr("pke_fast.editing.WATCHED", 100)
+    monkeypatch.setattr("pke_fast.editing.SAMPLE", 100)
+    twin = twin_of(tiny_model("llama"), torch.float32)
+
+    def plan(n, **changes):
+        return Planner(twin, CONFIG.replace(**{"num_steps": 10, **changes}), load_of(n), "cpu").plan(None)
+
+    few, many, more = plan(50), plan(100), plan(10_000)
+    assert few.cache < many.cache == more.cache
+    assert many.editing_flops == pytest.approx(more.editing_flops, rel=0.01)
+    assert plan(10_000, num_steps=50).cache == pytest.approx(2 * more.cache, rel=0.01)
