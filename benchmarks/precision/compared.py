@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from precision import fronts
+from precision.cells import Value
 from precision.figures import NONE, Found, ability, kl, minutes, percent, perplexity, rate, table
 from precision.kinds import HELD_KINDS, HELD_UNSAFE
 from precision.sequential import FIRST, states
@@ -56,28 +57,28 @@ def kinds_table(found: Found) -> str:
     names = list(dict.fromkeys(name for cell in cells for beside in cell["probe"].values() for name in beside))
     rows = []
     for cell in cells:
-        for bad, at in cell["probe"].items():
+        for bad in cell["probe"]:
             what = cell["type"] if bad == HELD_UNSAFE else ", ".join(cell["kinds"])
-            count, n = cell["refused"][bad]
-            shown = [NONE if name not in at else _beside(cell["refused"][name], count / n - at[name]) for name in names]
-            rows.append([what.replace("_", " "), rate(count, n), *shown])
+            rows.append(_kinds_row(what.replace("_", " "), bad, [cell], names))
     for bad in (HELD_KINDS, HELD_UNSAFE):
-        parts = [cell for cell in cells if bad in cell["probe"]]
-        if not parts:
-            continue
-        count, n = (sum(cell["refused"][bad][i] for cell in parts) for i in (0, 1))
-        shown = []
-        for name in names:
-            at = [cell for cell in parts if name in cell["probe"][bad]]
-            harmless = [sum(cell["refused"][name][i] for cell in at) for i in (0, 1)]
-            above = [(cell["refused"][bad][0] - cell["refused"][bad][1] * cell["probe"][bad][name]) for cell in at]
-            shown.append(_beside(harmless, sum(above) / sum(cell["refused"][bad][1] for cell in at)))
-        rows.append([f"all: {bad}", rate(count, n), *shown])
+        if parts := [cell for cell in cells if bad in cell["probe"]]:
+            rows.append(_kinds_row(f"all: {bad}", bad, parts, names))
     return table(["held out", "refused", *(f"{name} refused; above the probe, points" for name in names)], rows)
 
 
-def _beside(refused: Sequence[int], above: float) -> str:
-    return f"{percent(refused[0] / refused[1])}; {100 * above:+.1f}"
+def _kinds_row(what: str, bad: str, cells: Sequence[Value], names: Sequence[str]) -> list[str]:
+    """One row of `kinds_table`: a harmful set of some folds, together."""
+    count, n = (sum(cell["refused"][bad][i] for cell in cells) for i in (0, 1))
+    shown = []
+    for name in names:
+        at = [cell for cell in cells if name in cell["probe"][bad]]
+        if not at:
+            shown.append(NONE)
+            continue
+        refused, of = (sum(cell["refused"][name][i] for cell in at) for i in (0, 1))
+        above = sum(cell["refused"][bad][0] - cell["refused"][bad][1] * cell["probe"][bad][name] for cell in at)
+        shown.append(f"{percent(refused / of)}; {100 * above / sum(cell['refused'][bad][1] for cell in at):+.1f}")
+    return [what, rate(count, n), *shown]
 
 
 def sequential_table(found: Found) -> str:

@@ -58,7 +58,7 @@ class Table:
 
     def inputs(self, method: str, weights: str) -> str:
         """A digest of all that one cell depends on, the model's weights (`weights_digest`) among them."""
-        requests = [vars(r) | {"locality": [vars(p) for p in r.locality]} for r in self.requests]
+        requests = [request.as_dict() for request in self.requests]
         locality = None if self.locality is None else [vars(pair) for pair in self.locality]
         content: list[Any] = [
             [weights, method],
