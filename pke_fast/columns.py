@@ -115,6 +115,11 @@ class Selected:
             self.weight, self.axis, self.neurons[row], self.master[row].to(self.weight.device)
         )
 
+    def moved(self) -> tuple[Tensor, Tensor]:
+        """The rows or columns whose masters aren't the old values, int64 [m], and these masters, fp32 [m, width]."""
+        rows = (self.master != self.old).any(1).nonzero().flatten()
+        return rows, self.master[rows]
+
     def stretch(self, by: float) -> None:
         """Gives the live weights so many times the steps' change; the masters stay."""
         values = self.master if by == 1 else self.old + (self.master - self.old) * by

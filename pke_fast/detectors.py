@@ -92,7 +92,7 @@ class Detectors:
             if mlp.act is not None and set(parts) == set(mlp.kinds):
                 able[layer] = _Detector(parts["gate"], parts.get("up"), parts["down"], mlp.act)
         skipped = max(0, len(able) - LAYERS) // 2
-        chosen = sorted(able)[skipped : skipped + LAYERS] if _wanted(config) else []
+        chosen = sorted(able)[skipped : skipped + LAYERS] if wanted(config) else []
         self._seed, self._ranks, self._common = config.seed, ranks, common
         self._detectors = [able[layer] for layer in chosen]
         self._sides: tuple[Side, Side] = ({}, {})
@@ -186,7 +186,8 @@ class Detectors:
         return best
 
 
-def _wanted(config: PKEConfig) -> bool:
+def wanted(config: PKEConfig) -> bool:
+    """Whether the settings let an edit begin with detectors."""
     return config.detectors and config.norm_constraint is None
 
 
@@ -198,7 +199,7 @@ def detectors_bytes(config: PKEConfig, sequences: int, layers: int, hidden_size:
         layers: in which hot spots are sought.
         hidden_size, itemsize: of the MLPs' inputs.
     """
-    if not _wanted(config):
+    if not wanted(config):
         return 0
     values = sequences * (1 + OTHERS) * hidden_size  # of one layer
     kept = min(LAYERS, layers) * values * itemsize

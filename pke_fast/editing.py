@@ -43,7 +43,8 @@ STOP_WINDOW = 4  # steps in the running means that stop an edit
 
 @dataclass(frozen=True)
 class Step:
-    """The losses of one step's minibatch, before its update: means over requests and over locality pairs."""
+    """The losses of one step's minibatch, before its update: means over requests and over locality pairs, the KL to
+    what the steps hold: the model that they began with."""
 
     step: int
     loss: float
@@ -96,6 +97,7 @@ class _Minibatch:
         size: how many there are on all ranks.
         tapes: their micro-batches.
         base: for locality pairs, the unedited model's head input at each sequence's supervised positions, [n, d] each.
+        held: the same with the detectors, as the steps hold it; `base` itself where there are none.
     """
 
     number: int
@@ -103,9 +105,7 @@ class _Minibatch:
     size: int
     tapes: list[Tape]
     base: list[Tensor]
-
-    def base_of(self, tape: Tape) -> Tensor:
-        return torch.cat([self.base[row] for row in tape.batch.rows])
+    held: list[Tensor]
 
 
 class Trainer:
@@ -143,6 +143,7 @@ class Trainer:
         self._first = min(column.layer for column in columns)
         self._most_lr = [LR_OF_RMS * column.rms if config.lr is None else config.lr for column in columns]
         self.begun = False  # with detectors
+        self.start: dict[str, tuple[Tensor, Tensor]] = {}  # what they are, by column: rows, values
         self._shuffle = random.Random(config.seed)
         self._pad_id = pad_id
         self._place = BEFORE  # in the whole edit: a step's is its number, what comes before the steps lies below 0
@@ -159,7 +160,7 @@ class Trainer:
         order = order[: _reached(len(order), size, self.config)]
         for start in range(0, len(order), size):
             chosen = [sequences[i] for i in order[start : start + size]]
-            minibatch = _Minibatch(len(to), list(self.ranks.mine(chosen)), len(chosen), [], [])
+            minibatch = _Minibatch(len(to), list(self.ranks.mine(chosen)), len(chosen), [], [], [])
             self._slower_if_it_must(partial(self._record, minibatch, base), "running the layers below")
             to.append(minibatch)
             advance(len(chosen))
@@ -167,18 +168,23 @@ class Trainer:
     @torch.no_grad()
     def _record(self, minibatch: _Minibatch, base: bool) -> None:
         minibatch.tapes = []
-        found: dict[int, Tensor] = {}
         for batch in pack(minibatch.sequences, self.pace.tokens, self._pad_id):
             with in_flight(batch):
                 tape = record(self.structure, batch, self._first, after=self._beginning)
                 minibatch.tapes.append(tape)
-                if base:
-                    counts = [len(minibatch.sequences[row].supervised) for row in batch.rows]
-                    with self._watched(tape, True, minibatch):
-                        top = tape.run()
-                    found.update(zip(batch.rows, tape.supervised(top).split(counts), strict=True))
         if base:
-            minibatch.base = [found[row] for row in range(len(minibatch.sequences))]
+            minibatch.base = minibatch.held = self._head_inputs(minibatch)
+
+    @torch.no_grad()
+    def _head_inputs(self, minibatch: _Minibatch) -> list[Tensor]:
+        """The head's input at each sequence's supervised positions, with the weights as they are."""
+        found: dict[int, Tensor] = {}
+        for tape in minibatch.tapes:
+            rows = tape.batch.rows
+            with in_flight(tape.batch), self._watched(tape, True, minibatch):
+                top = tape.supervised(tape.run())
+            found.update(zip(rows, top.split([len(minibatch.sequences[row].supervised) for row in rows]), strict=True))
+        return [found[row] for row in range(len(minibatch.sequences))]
 
     def _slower_if_it_must(self, work: Callable[[], T], doing: str) -> T:
         """What `work` returns; where memory runs out, or did so here before an interruption, with smaller micro-batches
@@ -216,7 +222,9 @@ class Trainer:
     def _tape_loss(self, tape: Tape, minibatch: _Minibatch, base: bool, scale: float) -> Tensor:
         weights = self._weights(tape.batch) / minibatch.size
         if base:
-            loss_of = partial(locality_loss, self.structure, base_hidden=minibatch.base_of(tape), weights=weights)
+            states = minibatch.held if scale else minibatch.base  # what is pulled to, or measured from
+            to = torch.cat([states[row] for row in tape.batch.rows])
+            loss_of = partial(locality_loss, self.structure, base_hidden=to, weights=weights)
         else:
             loss_of = partial(answer_loss, self.structure, batch=tape.batch, weights=weights)
         if scale:
@@ -266,7 +274,18 @@ class Trainer:
 
         gain = detectors.begin(towards, loss, advance)
         self.begun = bool(gain)
+        if gain:
+            self.hold()
         return gain
+
+    def hold(self) -> None:
+        """From here on, steps hold the locality pairs as they are with the weights as they are."""
+        self.start = {column.name: column.moved() for column in self.columns}
+        reached = self.locality[: self.config.num_steps]
+        self._place = -2  # its own is the last before the steps, in a run that goes on too
+        held = self._slower_if_it_must(lambda: [self._head_inputs(one) for one in reached], "running what is held")
+        for minibatch, states in zip(reached, held, strict=True):
+            minibatch.held = states
 
     def edit_loss(self, advance: Callable[[int], None] = lambda _n: None) -> float:
         """The mean loss of the safe answers over a sample of the requests, with the weights as they are; all of the
@@ -492,15 +511,28 @@ def _state(trainer: Trainer, steps: Sequence[Step]) -> dict[str, Tensor]:
     state = {"steps": made, "begun": torch.tensor(trainer.begun)}
     for column in trainer.columns:
         state |= {f"{column.name}.{name}": tensor for name, tensor in column.state().items()}
+        if trainer.begun:
+            state |= dict(zip(_start_of(column), trainer.start[column.name], strict=True))
     return state
+
+
+def _start_of(column: Columns) -> tuple[str, str]:
+    """What the state calls the rows that the column's steps began with, and their values."""
+    return f"{column.name}.start_rows", f"{column.name}.start"
 
 
 def _resumed(columns: Sequence[Columns], trainer: Trainer, state: Mapping[str, Tensor] | None) -> list[Step]:
     """The steps that an earlier run made; the columns are as they were after them."""
     if state is None:
         return []
-    trainer.resume(len(state["steps"]))
     trainer.begun = bool(state["begun"])
+    if trainer.begun:
+        for column in columns:
+            rows, values = (state[name] for name in _start_of(column))
+            for row, value in zip(rows.tolist(), values, strict=True):
+                column.put(row, value)
+        trainer.hold()
+    trainer.resume(len(state["steps"]))
     for column in columns:
         mine = f"{column.name}."
         column.set_state({name.removeprefix(mine): t for name, t in state.items() if name.startswith(mine)})

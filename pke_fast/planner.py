@@ -16,7 +16,7 @@ import torch
 from pke_fast.batches import make_batch
 from pke_fast.columns import columns_of
 from pke_fast.config import PKEConfig
-from pke_fast.detectors import detectors_bytes
+from pke_fast.detectors import detectors_bytes, wanted
 from pke_fast.editing import Trainer, reached
 from pke_fast.encoding import Encoded
 from pke_fast.errors import InputError
@@ -236,6 +236,7 @@ class Planner:
         pairs = min(load.locality, config.score_pairs)
         scored, shared = (requests + pairs) * load.tokens / sequences, self._shared(requests, pairs)
         held = rest.tokens * rest.locality / edited_on * self._edited  # the unedited model's last states
+        held *= 1 + self._detecting  # and those with the detectors
         answers = load.answer * minibatch[0] + load.held / max(1, load.locality) * minibatch[1]
         editing = forward * (below + held + stepped * (3 * self._edited - editing_kept))
         editing += 2 * self._head * config.num_steps * answers
@@ -293,7 +294,8 @@ class Planner:
 
             self._twin.rehearse(tapes, self._window[0])
             self._twin.peaks[key] = sum(kept[:-1]) + kept[-1] * load.tokens // (width * len(rows))
-        return self._twin.peaks[key] + load.held * structure.hidden_size * structure.dtype.itemsize
+        held = load.held * structure.hidden_size * structure.dtype.itemsize
+        return self._twin.peaks[key] + held * (1 + self._detecting)  # without the detectors and with them
 
     def _answering(self) -> int:
         """What a token takes while the model answers: keys and values in all layers, and its share of a pass."""
@@ -319,11 +321,16 @@ class Planner:
             pinned += 1
         return pinned
 
+    @property
+    def _detecting(self) -> bool:
+        """Whether the edit may begin with detectors."""
+        kinds = set(self._twin.structure.mlps[-1].kinds)
+        return wanted(self._config) and self._edits and bool(self._rest.locality) and kinds <= set(self._config.edited)
+
     def _watched(self) -> int:
         """What the edit's detectors take; they are made on the CPU."""
         load, structure = self._rest, self._twin.structure
-        kinds = set(structure.mlps[-1].kinds)
-        if self._kind != "cpu" or not (self._edits and load.locality and kinds <= set(self._config.edited)):
+        if self._kind != "cpu" or not self._detecting:
             return 0
         return detectors_bytes(
             self._config,

@@ -250,6 +250,15 @@ def test_too_few_sequences_make_no_detectors(sequences, monkeypatch):
     assert begun == [0.0, 1.0]
 
 
+def test_the_steps_hold_what_the_detectors_leave(sequences, monkeypatch):
+    monkeypatch.setattr(module, "GAINS", (1.0,))
+    detectors, trainer = trained("llama", sequences, CONFIG.replace(num_steps=3))[-2:]
+    trainer.begin(detectors, lambda _n: None)
+    for number in range(3):
+        assert float(trainer.gradients(number)[1]) == pytest.approx(0, abs=1e-6)  # nothing pulls the detectors back
+    assert trainer.final_losses().kl > 1e-3  # what is told is how far the unedited model is
+
+
 def relative(ours, theirs):
     change = torch.cat([(part.new - part.old).flatten() for part in ours.layers])
     other = torch.cat([(part.new - part.old).flatten() for part in theirs.layers])
