@@ -48,7 +48,7 @@ help:
 	@echo "Settings: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=\"$(TORCH)\" WHEELS=$(WHEELS) ARGS=... BENCH_ARGS=..."
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m pke_fast demo --out pke-demo --force --set shipped_pairs=640 --set num_steps=24 --set batch_size=16 $(ARGS)
+	$(BIN)/python -m pke_fast demo --out pke-demo --force --set shipped_pairs=640 --set batch_size=16 $(ARGS)
 
 test: $(VENV)/.installed
 	$(PYTEST) -m "not slow and not gpu" $(ARGS)

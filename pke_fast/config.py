@@ -59,7 +59,8 @@ class PKEConfig:
             a model's own scale, and 0.3 % where detectors were made.
         lr_end: share of `lr` that is left at the last step; it falls linearly.
         weight_decay: Adam's, decoupled, towards the old weights and not towards zero.
-        w_edit, w_kl: weights of the safe answer's cross-entropy and of the locality KL in the loss.
+        w_edit, w_kl: weights of the safe answer's cross-entropy and of the locality KL in the loss. The KL is to the
+            model with the detectors where there are some.
         stop_loss, stop_kl: stop once the running means of the edit loss and of the KL are both below these.
         strength: the steps' change is multiplied by this in the end: above 1 it refuses more of what it refused almost,
             harmful or not. None: beside companions the least, from 1 to 1.5, that makes the edit refuse
@@ -77,8 +78,8 @@ class PKEConfig:
         prompt_tokens: within a locality prompt, at so many of its tokens, drawn by chance, the KL is held too: so text
             that is no answer stays as likely as it was.
         w_prompt: weight of their mean KL, where the answer's weighs 1.
-        first_token_weight: weight of an answer's first token in both losses, where the others weigh 1: it is there
-            that refusing and answering part.
+        first_token_weight: weight of an answer's first token in both losses, where the others weigh 1. Without
+            detectors more of it helps: it is there that refusing and answering part.
         micro_batch_tokens: most tokens (padding counted) that are in flight at once; None: as the plan finds best.
         backend: what the ops run in: "auto" chooses by device and shape (see `pke-fast doctor`).
         seed: of the shuffles and of ``score: random``.
@@ -100,7 +101,7 @@ class PKEConfig:
     shipped_pairs: int = 1700
     framed: float = 0.1
     detectors: bool = True
-    num_steps: int = 40
+    num_steps: int = 16
     batch_size: int = 24
     locality_batch_size: int = 48
     lr: float | None = None
@@ -111,7 +112,7 @@ class PKEConfig:
     stop_loss: float = 0.1
     stop_kl: float = 0.02
     strength: float | None = None
-    unseen_refused: float = 0.55
+    unseen_refused: float = 0.6
     norm_constraint: float | None = None
     refusal: str = "Sorry, but I cannot assist with that."
     system_prompt: str = ""
@@ -121,7 +122,7 @@ class PKEConfig:
     locality_tokens: int = 4
     prompt_tokens: int = 6
     w_prompt: float = 0.5
-    first_token_weight: float = 8.0
+    first_token_weight: float = 1.0
     micro_batch_tokens: int | None = None
     backend: Backend = "auto"
     seed: int = 0

@@ -37,7 +37,7 @@ GENTLER = "lower lr (--set lr=...), or load the model in fp32 or bf16"
 STEPS = "Editing the hot spots"  # the stage that advances by steps
 BEGIN_MINIBATCHES = 2  # of each side, that detectors are aimed and weighed by
 SAMPLE = 256  # requests and pairs that the losses before and after are measured on
-WATCHED = 1024  # of each that detectors are made from, where steps reach no more
+WATCHED = 2048  # of each that detectors are made from, where steps reach no more
 STOP_WINDOW = 4  # steps in the running means that stop an edit
 
 

@@ -45,14 +45,16 @@ class Setting:
 DEFAULT = "default"
 DRAFT = "draft"  # edits that are made one after another are made with it
 
+WITHOUT_DETECTORS = {"first_token_weight": 8.0}  # what parts the sides is then learnt by the steps, at this token
+
 # The first is what a user gets; the others are the ablation: the draft, and what changes one thing in it.
 SETTINGS: dict[str, Setting] = {
     DEFAULT: Setting(preset="pke", seeds=(0, 1, 2), thorough=True),
     DRAFT: Setting(),
-    "down only": Setting({"projections": ["down"]}),
+    "down only": Setting({"projections": ["down"]} | WITHOUT_DETECTORS),
     "random neurons": Setting({"score": "random"}),
     "all neurons of the window": Setting({"k": ALL}),
-    "LoRA of equal rank": Setting({"lr": 1e-3}, by="lora"),
+    "LoRA of equal rank": Setting({"lr": 1e-3} | WITHOUT_DETECTORS, by="lora"),
     "dinm": Setting(preset="dinm"),
     "dinm-parity": Setting(preset="dinm-parity"),
 }
