@@ -78,8 +78,8 @@ class PKEConfig:
         prompt_tokens: within a locality prompt, at so many of its tokens, drawn by chance, the KL is held too: so text
             that is no answer stays as likely as it was.
         w_prompt: weight of their mean KL, where the answer's weighs 1.
-        first_token_weight: weight of an answer's first token in both losses, where the others weigh 1. Without
-            detectors more of it helps: it is there that refusing and answering part.
+        first_token_weight: weight of an answer's first token in both losses, where the others weigh 1: it is there
+            that refusing and answering part.
         micro_batch_tokens: most tokens (padding counted) that are in flight at once; None: as the plan finds best.
         backend: what the ops run in: "auto" chooses by device and shape (see `pke-fast doctor`).
         seed: of the shuffles and of ``score: random``.

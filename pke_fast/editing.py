@@ -281,10 +281,10 @@ class Trainer:
     def hold(self) -> None:
         """From here on, steps hold the locality pairs as they are with the weights as they are."""
         self.start = {column.name: column.moved() for column in self.columns}
-        reached = self.locality[: self.config.num_steps]
+        coming = self.locality[: self.config.num_steps]
         self._place = -2  # its own is the last before the steps, in a run that goes on too
-        held = self._slower_if_it_must(lambda: [self._head_inputs(one) for one in reached], "running what is held")
-        for minibatch, states in zip(reached, held, strict=True):
+        held = self._slower_if_it_must(lambda: [self._head_inputs(one) for one in coming], "running what is held")
+        for minibatch, states in zip(coming, held, strict=True):
             minibatch.held = states
 
     def edit_loss(self, advance: Callable[[int], None] = lambda _n: None) -> float:

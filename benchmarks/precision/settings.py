@@ -45,7 +45,7 @@ class Setting:
 DEFAULT = "default"
 DRAFT = "draft"  # edits that are made one after another are made with it
 
-WITHOUT_DETECTORS = {"first_token_weight": 8.0}  # what parts the sides is then learnt by the steps, at this token
+WITHOUT_DETECTORS = {"first_token_weight": 8.0}  # steps alone must part the sides, and they do it at this token
 
 # The first is what a user gets; the others are the ablation: the draft, and what changes one thing in it.
 SETTINGS: dict[str, Setting] = {
