@@ -292,6 +292,26 @@ def test_damage_is_told_with_its_interval_where_it_has_one() -> None:
     assert figures.perplexity(found, "edit") == (pytest.approx(0.0202, abs=1e-4), "+2.02 % [+2.02, +2.02]")
 
 
+def test_what_the_unedited_model_refuses_can_be_left_out_beside_the_probe() -> None:
+    """The edit refuses two of four harmful prompts, and of the harmless ones only what was refused before."""
+    scores = {"bad": [4.0, 3.0, 2.0, 0.5], DOLLY: [0.1, 0.2, 0.3, 1.0], SAFE: [1.0]}
+    verdicts = {
+        "answers, vanilla": {"bad": [0, 0, 0, 0], DOLLY: [1, 0, 0, 0], SAFE: [1]},
+        "answers, default-0": {"bad": [1, 1, 0, 0], DOLLY: [1, 0, 0, 0], SAFE: [1]},
+    }
+    found: dict[str, Any] = {"probe": {"scores": scores}}
+    for run, sets in verdicts.items():
+        found[run] = {"sets": {name: {"verdicts": told} for name, told in sets.items()}}
+    whole = tables.probe_table(found, ["default-0"]).splitlines()
+    assert [line.split(" | ")[:2] for line in whole[2:]] == [["| bad", DOLLY], ["| bad", SAFE]]
+    assert "| -50.0 [" in whole[2]  # at 1 of 4 false alarms the probe finds all
+    rest = tables.probe_table(found, ["default-0"], answered=True).splitlines()
+    assert len(rest) == 3  # nothing is left of the other set
+    assert "| -25.0 [" in rest[2]  # at none it finds 3 of 4
+    del found["answers, vanilla"]
+    assert tables.probe_table(found, ["default-0"], answered=True) == ""
+
+
 def test_the_point_of_equal_attack_success() -> None:
     def verdicts(harmful: int, harmless: int) -> dict[str, list[int]]:
         return {"attacks": [1] * harmful + [0] * (100 - harmful), DOLLY: [1] * harmless + [0] * (100 - harmless)}

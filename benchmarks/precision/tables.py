@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pke_fast.errors import InputError
 from pke_fast.files import atomic_write
+from pke_fast.roc import roc
 from precision import fronts
 from precision.compared import ablation_table, equal_table, kinds_table, sequential_table
 from precision.figures import (
@@ -28,7 +30,7 @@ from precision.measure import JUDGE, JUDGES
 from precision.sequential import states
 from precision.sets import ALIKE, ATTACKS, BENIGN, DOLLY, SAFE, UNSAFE, WRAPPED, Sets
 from precision.settings import DEFAULT, Setting
-from precision.yardstick import beside, curve_of
+from precision.yardstick import beside
 
 BEGIN, END = "<!-- benchmarks/precision: begin -->", "<!-- benchmarks/precision: end -->"
 
@@ -58,6 +60,7 @@ def generated(found: Found, settings: Mapping[str, Setting], sets: Sets) -> str:
         ("### By judge", judges_table(found, ["vanilla", *seeds])),
         ("### XSTest by type", types_table(found, seeds, sets)),
         ("### Beside the probe", probe_table(found, seeds)),
+        ("### Beside the probe, without what the unedited model refuses", probe_table(found, seeds, answered=True)),
         ("### Ablation, as edited", ablation_table(found, settings)),
         (f"### Ablation at an ASR of {fronts.ASR:g}", equal_table(found, settings)),
         ("### Kinds of harm and types of XSTest held out in turn", kinds_table(found)),
@@ -141,25 +144,42 @@ def types_table(found: Found, seeds: Sequence[str], sets: Sets) -> str:
     return table(["set", "type", *(f"refused, {seed}" for seed in present)], rows)
 
 
-def probe_table(found: Found, seeds: Sequence[str]) -> str:
-    """Every pair of sets: the probe's area, what it finds at the edit's false alarms, and the edit's distance to it."""
+def probe_table(found: Found, seeds: Sequence[str], *, answered: bool = False) -> str:
+    """Every pair of sets: the probe's area, what it finds at some false alarms, and each edit's distance to it.
+
+    Args:
+        answered: of every set, leave out the prompts that the unedited model refuses by itself: an edit neither earns
+            these nor can mend them, and the probe knows nothing of them.
+    """
     present = [seed for seed in seeds if f"answers, {seed}" in found]
-    if "probe" not in found or not present:
+    if "probe" not in found or not present or (answered and "answers, vanilla" not in found):
         return ""
+    scores = found["probe"]["scores"]
+    unedited = found["answers, vanilla"]["sets"] if answered else {}
+    kept = {
+        name: [i for i in range(len(of)) if not (answered and unedited[name]["verdicts"][i])]
+        for name, of in scores.items()
+    }
+
+    def of_kept(name: str, values: Sequence[Any]) -> list[Any]:
+        return [values[i] for i in kept[name]]
+
     rows = []
-    sets = found[f"answers, {present[0]}"]["sets"]
-    benign = [name for name in sets if name in (DOLLY, SAFE, ALIKE, BENIGN)]
-    for attack in (name for name in sets if name not in benign):
+    benign = [name for name in scores if name in (DOLLY, SAFE, ALIKE, BENIGN)]
+    for attack in (name for name in scores if name not in benign):
         for harmless in benign:
-            curve = curve_of(found["probe"], attack, harmless)
+            pair = (attack, harmless)
+            if not all(kept[name] for name in pair):
+                continue
+            curve = roc(*(of_kept(name, scores[name]) for name in pair))
             at = [f"{100 * curve.tpr_at(share):.0f}" for share in (0.02, 0.05, 0.15)]
             cells = []
             for seed in present:
-                verdicts = found[f"answers, {seed}"]["sets"]
-                stands = beside(curve, verdicts[attack]["verdicts"], verdicts[harmless]["verdicts"])
+                sets = found[f"answers, {seed}"]["sets"]
+                stands = beside(curve, *(of_kept(name, sets[name]["verdicts"]) for name in pair))
                 low, high = (100 * bound for bound in stands.interval)
                 cells.append(f"{100 * stands.above:+.1f} [{low:+.0f}, {high:+.0f}]")
-            rows.append([attack, harmless, f"{curve.auc:.3f}", " / ".join(at) + " %", *cells])
+            rows.append([*pair, f"{curve.auc:.3f}", " / ".join(at) + " %", *cells])
     head = ["harmful", "harmless", "probe's AUC", "it finds at 2 / 5 / 15 % false alarms"]
     return table([*head, *(f"{seed} above it, points" for seed in present)], rows)
 
