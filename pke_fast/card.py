@@ -122,7 +122,7 @@ def read_evaluations(files: Sequence[str | Path]) -> tuple[dict[str, Any] | None
     if before and after and _measured(before) != _measured(after):
         raise InputError(
             "the two evaluations can't be compared",
-            expected="the same model, settings and numbers of prompts",
+            expected="the same model, settings, prompts and text",
             got="others",
             do="run pke-fast eval twice, without --patch and with it, all else the same",
         )
@@ -130,7 +130,9 @@ def read_evaluations(files: Sequence[str | Path]) -> tuple[dict[str, Any] | None
 
 
 def _measured(figures: Mapping[str, Any]) -> tuple[Any, ...]:
-    return figures.get("model"), figures["settings"], *(_mapping(figures[s]).get("n") for s in ("harmful", "benign"))
+    """What figures are of; those of earlier versions have no digests of their prompts."""
+    parts = [_mapping(figures.get(part)) for part in ("harmful", "benign", "text")]
+    return figures.get("model"), figures["settings"], *((part.get("n"), part.get("sha256")) for part in parts)
 
 
 def _read(file: Path, what: str, keys: Sequence[str]) -> dict[str, Any]:

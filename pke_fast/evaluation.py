@@ -29,10 +29,10 @@ class Evaluation:
     """The figures of one model; every rate is a fraction from 0 to 1.
 
     Attributes:
-        harmful: ``{"n", "asr": {judge: rate}, "degenerate_rate", "intervals"}``; None where no harmful prompts were
-            given. The attack success rate is ``1 - refused / n``, or ``harmful / n`` by judges of harm. "intervals"
-            has Wilson's 95 % interval under the same keys.
-        benign: ``{"n", "refusal_rate": {judge: rate}, "degenerate_rate", "intervals"}``, or None.
+        harmful: ``{"n", "sha256", "asr": {judge: rate}, "degenerate_rate", "intervals"}``; None where no harmful
+            prompts were given. The attack success rate is ``1 - refused / n``, or ``harmful / n`` by judges of harm.
+            "intervals" has Wilson's 95 % interval under the same keys, "sha256" is the prompts' digest.
+        benign: ``{"n", "sha256", "refusal_rate": {judge: rate}, "degenerate_rate", "intervals"}``, or None.
         text: ``{"perplexity", "interval", "nll", "tokens", "sha256"}``, or None: the interval is the bootstrap's over
             windows (None of a single one), of which "nll" and "tokens" have the summed losses in nats and the tokens
             predicted, and "sha256" is the digest.
@@ -220,6 +220,7 @@ def _rates(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     degenerate = sum(row["degenerate"] for row in rows)
     return {
         "n": count,
+        "sha256": digest([row["prompt"] for row in rows]),
         key: {judge: number / count for judge, number in counted.items()},
         "degenerate_rate": degenerate / count,
         "intervals": {

@@ -14,6 +14,7 @@ from pke_fast import evaluation
 from pke_fast.config import PKEConfig
 from pke_fast.encoding import PromptEncoder
 from pke_fast.errors import InputError, PKEError
+from pke_fast.evaluating.measured import digest
 from pke_fast.evaluation import Evaluation, by_category, evaluate_model, write_evaluation
 from pke_fast.intervals import wilson
 from pke_fast.perplexity import perplexity, text_windows
@@ -117,6 +118,7 @@ def test_rates() -> None:
     result = evaluate(harmful, benign, None, judges=("advbench", "jailbreakbench", "xstest", "advbench"))
     figures = result.as_dict()
     intervals = {name: figures[name].pop("intervals") for name in ("harmful", "benign")}
+    assert [figures[name].pop("sha256") for name in ("harmful", "benign")] == [digest(harmful), digest(benign)]
     assert intervals["harmful"] == {
         "asr": {"advbench": list(wilson(3, 4)), "jailbreakbench": list(wilson(2, 4)), "xstest": list(wilson(3, 4))},
         "degenerate_rate": list(wilson(1, 4)),

@@ -161,9 +161,12 @@ def test_evaluations_are_told_apart_by_their_patch(run: Path, tmp_path: Path) ->
     assert "The model before the edit was not measured" in text
     with pytest.raises(InputError, match="second evaluation with a patch"):
         card.gather(run, [after, after])
-    other = write(tmp_path / "c.json", {"model": "m", "patch": "p", **figures(0.5, 0.25), "settings": {}})
-    with pytest.raises(InputError, match="can't be compared"):
-        card.gather(run, [before, other])
+    others = figures(0.5, 0.25)
+    others["harmful"] |= {"sha256": "of as many other prompts"}
+    for content in ({**figures(0.5, 0.25), "settings": {}}, others):
+        other = write(tmp_path / "c.json", {"model": "m", "patch": "p", **content})
+        with pytest.raises(InputError, match="can't be compared"):
+            card.gather(run, [before, other])
     with pytest.raises(InputError, match="is not the eval.json"):
         card.gather(run, [write(tmp_path / "d.json", [1])])
     with pytest.raises(InputError, match="can't read"):
