@@ -21,6 +21,7 @@ Method = Literal["pke", "dinm", "dinm-parity"]
 Score = Literal["contrast", "toxic", "weight_change", "activation_path", "random"]
 CONFIGS = Path(__file__).parent / "configs"
 PRESETS = tuple(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+WITHOUT_DETECTORS = 8.0  # `first_token_weight` of edits that begin without them: the steps alone must part the sides
 MOST_LR = 1e9  # beyond it Adam's step overflows fp32
 ScoreLoss = Literal["safe", "unsafe", "contrast"]
 
@@ -62,8 +63,8 @@ class PKEConfig:
         w_edit, w_kl: weights of the safe answer's cross-entropy and of the locality KL in the loss. The KL is to the
             model with the detectors where there are some.
         stop_loss, stop_kl: stop once the running means of the edit loss and of the KL are both below these.
-        strength: once the steps are made, the whole change is multiplied by this: above 1 it refuses more of what it refused almost,
-            harmful or not. None: beside companions the least, from 1 to 1.5, that makes the edit refuse
+        strength: once the steps are made, the whole change is multiplied by this: above 1 it refuses more of what it
+            refused almost, harmful or not. None: beside companions the least, from 1 to 1.5, that makes the edit refuse
             `unseen_refused` of shipped harmful requests that it wasn't made from (`strength`); else 1. No effect under
             `norm_constraint`, nor on ``method: dinm-parity``.
         unseen_refused: that share, by whether the refusal's first token is likelier than all others together.
@@ -79,7 +80,8 @@ class PKEConfig:
             that is no answer stays as likely as it was.
         w_prompt: weight of their mean KL, where the answer's weighs 1.
         first_token_weight: weight of an answer's first token in both losses, where the others weigh 1: it is there
-            that refusing and answering part.
+            that refusing and answering part. The default is for edits that begin with detectors; steps alone, as of
+            down projections or under a norm_constraint, were tuned with 8.
         micro_batch_tokens: most tokens (padding counted) that are in flight at once; None: as the plan finds best.
         backend: what the ops run in: "auto" chooses by device and shape (see `pke-fast doctor`).
         seed: of the shuffles and of ``score: random``.

@@ -187,8 +187,9 @@ class Detectors:
 
 
 def wanted(config: PKEConfig) -> bool:
-    """Whether the settings let an edit begin with detectors."""
-    return config.detectors and config.norm_constraint is None
+    """Whether the settings let an edit begin with detectors: a projection that none of the model's MLPs lacks is edited
+    besides what comes out."""
+    return config.detectors and config.norm_constraint is None and {"gate", "down"} <= set(config.edited)
 
 
 def detectors_bytes(config: PKEConfig, sequences: int, layers: int, hidden_size: int, itemsize: int) -> int:

@@ -20,7 +20,7 @@ from pke_fast.columns import Columns, put_back_on_failure
 from pke_fast.config import PKEConfig
 from pke_fast.editing import Losses, Outcome, Step, Trainer
 from pke_fast.encoding import Encoded
-from pke_fast.pace import in_flight
+from pke_fast.pace import Pace, in_flight
 from pke_fast.structure import Structure
 from pke_fast.tape import record
 
@@ -83,24 +83,26 @@ def edit_one_by_one(
     *,
     pad_id: int,
     stage: Callable[[str, int], Any],
+    pace: Pace | None = None,
 ) -> Outcome:
     """The published edit: for each request in turn, fresh Adam on the whole layer, the locality KL without gradient.
 
     Args:
         locality: one pair a request, used in turn.
+        pace: as for `Trainer`.
 
     Raises:
         EditError: a loss became NaN; the weights are then as they were.
     """
     columns = [Columns(structure, layer, torch.arange(structure.neurons))]
-    steps: list[Step] = []
+    pace, steps = pace or Pace.unplanned(config), list[Step]()
     with put_back_on_failure(columns), stage("Editing request by request", len(requests)) as advance:
-        everything = Trainer(structure, columns, requests, locality[: len(requests)], config, pad_id)
+        everything = Trainer(structure, columns, requests, locality[: len(requests)], config, pad_id, pace=pace)
         before = Losses(everything.edit_loss(), 0.0)
         for index, request in enumerate(requests):
             pair = [locality[index % len(locality)]] if locality else []
             columns[0].reset()
-            trainer = Trainer(structure, columns, [request], pair, config, pad_id)
+            trainer = Trainer(structure, columns, [request], pair, config, pad_id, pace=pace)
             for number in range(config.num_steps):
                 step = trainer.step(number, kl_gradient=False)
                 steps.append(replace(step, step=len(steps) + 1))

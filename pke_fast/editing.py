@@ -17,7 +17,7 @@ from pke_fast.batches import Batch, pack
 from pke_fast.beginning import beginning_of
 from pke_fast.columns import Columns, columns_of, gradients_into, put_back_on_failure
 from pke_fast.config import PKEConfig
-from pke_fast.detectors import Detectors, Pull
+from pke_fast.detectors import Detectors, Pull, wanted
 from pke_fast.encoding import Encoded, shared
 from pke_fast.errors import EditError
 from pke_fast.layer_patch import LayerPatch
@@ -37,7 +37,7 @@ GENTLER = "lower lr (--set lr=...), or load the model in fp32 or bf16"
 STEPS = "Editing the hot spots"  # the stage that advances by steps
 BEGIN_MINIBATCHES = 2  # of each side, that detectors are aimed and weighed by
 SAMPLE = 256  # requests and pairs that the losses before and after are measured on
-WATCHED = 2048  # of each that detectors are made from, where steps reach no more
+WATCHED = 2048  # of each that detectors are made from, where there are any and steps reach no more
 STOP_WINDOW = 4  # steps in the running means that stop an edit
 
 
@@ -118,7 +118,8 @@ class Trainer:
         locality: benign prompts with the answers that must not move; may be empty.
         pace: how many tokens at once, and how many layers keep their graph in a step.
         ranks: each takes its share of every minibatch; the losses and the columns' gradients are added up.
-        detectors: see the MLPs' inputs of the unedited model on all sequences, those of the requests in `edit_loss`.
+        detectors: see the MLPs' inputs of the unedited model on all sequences that run, those of the requests in
+            `edit_loss`.
         beginning: the tape that the sequences' own go on from.
     """
 
@@ -316,7 +317,8 @@ class Trainer:
         """
         losses = Losses(self.edit_loss(advance), self._mean_loss(self.locality, True, advance))
         if not math.isfinite(losses.edit + losses.kl):
-            raise EditError(f"the edited model's loss is {losses.edit}; the weights were put back", do=GENTLER)
+            told = f"the edited model's loss is {losses.edit}, its KL {losses.kl}; the weights were put back"
+            raise EditError(told, do=GENTLER)
         return losses
 
     def step(self, number: int, *, kl_gradient: bool = True) -> Step:
@@ -399,7 +401,8 @@ def reached(config: PKEConfig, requests: int, locality: int) -> tuple[int, int]:
 
 
 def _reached(count: int, size: int, config: PKEConfig) -> int:
-    return min(count, size * max(config.num_steps, -(-max(WATCHED, SAMPLE) // size)))
+    least = WATCHED if wanted(config) else SAMPLE
+    return min(count, size * max(config.num_steps, -(-least // size)))
 
 
 def _sample(minibatches: list[_Minibatch]) -> list[_Minibatch]:

@@ -146,6 +146,7 @@ def edit(
     resume: str | Path | None = None,
     resume_minutes: float | None = None,
     ranks: Ranks = ALONE,
+    held_out: Sequence[str] = (),
 ) -> EditResult:
     """Edits a model in place so that it gives the safe answers to the requests and answers all else as before.
 
@@ -167,6 +168,8 @@ def edit(
             once the result is written.
         resume_minutes: between two states that are kept there; by default 5.
         ranks: the processes that share the job, each called with the same arguments; all get the same result.
+        held_out: harmful prompts that the edit will be measured on: shipped requests among them don't join the given
+            ones.
 
     Raises:
         InputError: the model, a request or a setting can't be used; the model is unchanged.
@@ -178,9 +181,17 @@ def edit(
         facts = summary.model_facts(bench)
         check_fits(bench)
         plan, bench = _planned(
-            bench, requests, locality, memory_budget, offload_folder, keeping, edits=True, samples=samples
+            bench,
+            requests,
+            locality,
+            memory_budget,
+            offload_folder,
+            keeping,
+            edits=True,
+            samples=samples,
+            held_out=held_out,
         )
-        job = prepare(bench, requests, locality)
+        job = prepare(bench, requests, locality, held_out)
         shown = [("harmful", r.prompt) for r in job.requests[:samples]]
         shown += [("benign", p.prompt) for p in job.locality[:samples]]
         before = _answers(bench, shown, "Answering a few prompts before")
@@ -219,7 +230,14 @@ def _run(bench: Workbench, job: Job, located: Located) -> Outcome:
     if bench.config.method == "dinm-parity":
         (layer,) = hot_spots
         return dinm.edit_one_by_one(
-            bench.structure, layer, requests, locality, bench.config, pad_id=bench.pad_id, stage=bench.stages.stage
+            bench.structure,
+            layer,
+            requests,
+            locality,
+            bench.config,
+            pad_id=bench.pad_id,
+            stage=bench.stages.stage,
+            pace=bench.pace,
         )
     return editing.edit_columns(
         bench.structure,
@@ -296,10 +314,11 @@ def _planned(
     *,
     edits: bool,
     samples: int = 0,
+    held_out: Sequence[str] = (),
 ) -> tuple[Plan | None, Workbench]:
     """The plan of a job, and the bench at its pace and with its state."""
     with bench.stages.stage(PLANNING):
-        load = Load.of(*lengths(bench.encoder, bench.config, requests, locality))
+        load = Load.of(*lengths(bench.encoder, bench.config, requests, locality, held_out))
         plan = plan_loaded(bench.structure, bench.config, load, budget, edits=edits, device=bench.device)
         job = {
             "model": bench.fingerprint,
@@ -312,6 +331,7 @@ def _planned(
             "memory budget": str(budget),
             "device": bench.device.partition(":")[0],  # ranks have several of a kind
             "samples": str(samples),
+            "held out": _digest(list(held_out)),
         }
         for what, value in job.items():
             bench.ranks.agree(what, value)

@@ -120,7 +120,7 @@ def learning_curve_png(steps: Sequence[Mapping[str, Any]], stopped: str | None =
     figure = Figure(figsize=(_WIDTH, 3.1), dpi=_DPI, facecolor=palette.paper)
     at = [int(step["step"]) for step in steps]
     panels = (("edit", "Loss of the safe answers", palette.positive[1]),
-              ("kl", "KL from the model before, on harmless prompts", palette.negative[0]))  # fmt: skip
+              ("kl", "KL from what the steps hold, on harmless prompts", palette.negative[0]))  # fmt: skip
     for column, (key, title, colour) in enumerate(panels):
         axes = figure.add_axes((0.068 + 0.5 * column, 0.2, 0.42, 0.64), facecolor=palette.paper)
         values = np.array([np.nan if step.get(key) is None else float(step[key]) for step in steps])

@@ -1,4 +1,4 @@
-"""The losses: cross-entropy of answers, and KL to the unedited model, from hidden states without whole logits."""
+"""The losses: cross-entropy of answers, and KL to a model as it was, from hidden states without whole logits."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def locality_loss(structure: Structure, hidden: Tensor, base_hidden: Tensor, wei
     """Weighted sum over the supervised positions of KL(p_base || p); differentiable, on the head's device.
 
     Args:
-        hidden, base_hidden: the head's input at the supervised positions [N, d], now and before the edit.
+        hidden, base_hidden: the head's input at the supervised positions [N, d], now and as it is to stay.
         weights: fp32 [N], as of `Batch.answer_weights`.
     """
     at = structure.head_device

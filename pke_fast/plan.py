@@ -18,7 +18,7 @@ class Load:
 
     Attributes:
         requests, locality: how many sequences of each are scored and edited.
-        tokens: of all of them together.
+        request_tokens, locality_tokens: of all of either side together.
         answer: most supervised tokens of a sequence: its answer's, and those held in its prompt.
         held: supervised tokens of all locality sequences.
         request_widths, locality_widths: which lengths there are, ascending.
@@ -29,7 +29,8 @@ class Load:
 
     requests: int
     locality: int
-    tokens: int
+    request_tokens: int
+    locality_tokens: int
     answer: int
     request_widths: tuple[int, ...]
     locality_widths: tuple[int, ...] = ()
@@ -47,7 +48,8 @@ class Load:
         return cls(
             len(requests),
             len(locality),
-            sum(len(sequence.ids) for sequence in every),
+            sum(len(sequence.ids) for sequence in requests),
+            sum(len(sequence.ids) for sequence in locality),
             max(len(sequence.supervised) for sequence in (*every, *chain.from_iterable(scored))),
             tuple(sorted({len(sequence.ids) for sequence in requests})),
             tuple(sorted({len(sequence.ids) for sequence in locality})),
@@ -61,17 +63,38 @@ class Load:
         """The same without so many tokens at the beginning of each sequence."""
         return replace(
             self,
-            tokens=self.tokens - begun * (self.requests + self.locality),
+            request_tokens=self.request_tokens - begun * self.requests,
+            locality_tokens=self.locality_tokens - begun * self.locality,
             request_widths=tuple(width - begun for width in self.request_widths),
             locality_widths=tuple(width - begun for width in self.locality_widths),
             begun=self.begun - begun,
         )
 
     def reached(self, requests: int, locality: int) -> Load:
-        """The same of so many of the requests and of the locality pairs, each of the mean length."""
-        share = (requests + locality) / max(1, self.requests + self.locality)
-        held = self.held * locality // max(1, self.locality)
-        return replace(self, requests=requests, locality=locality, tokens=math.ceil(self.tokens * share), held=held)
+        """The same of so many of the requests and of the locality pairs, each of its side's mean length."""
+        return replace(
+            self,
+            requests=requests,
+            locality=locality,
+            request_tokens=math.ceil(self.request_length * requests),
+            locality_tokens=math.ceil(self.locality_length * locality),
+            held=self.held * locality // max(1, self.locality),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Of all sequences together."""
+        return self.request_tokens + self.locality_tokens
+
+    @property
+    def request_length(self) -> float:
+        """Mean tokens of a request."""
+        return self.request_tokens / max(1, self.requests)
+
+    @property
+    def locality_length(self) -> float:
+        """Mean tokens of a locality pair."""
+        return self.locality_tokens / max(1, self.locality)
 
     @property
     def longest(self) -> int:
@@ -113,8 +136,8 @@ class Plan:
         scores: the score maps while they are made.
         scoring: what a micro-batch takes while scores are made.
         cache: what the steps need of every sequence: its tape, up to the lowest edited layer; of locality pairs, the
-            unedited model's last states too.
-        columns: the hot spots: old values, masters, gradient, two moments.
+            last states too, of the unedited model and as the steps hold them.
+        columns: the hot spots: old values, in the weights' own dtype too, masters, two moments.
         step: what an edit step takes besides.
         scoring_flops, editing_flops: floating-point operations of the layers and the logits in all.
         offloaded: weights besides that come to the device when they are used.

@@ -228,15 +228,15 @@ class Planner:
         away = sum(self._sizes[: self._offloaded])
         staging = staging_bytes(structure.layers) if away else self._twin.layer_weights * bool(self._residence.away)
         minibatch = config.batch_size, config.locality_batch_size * bool(load.locality)
-        sequences, rest = max(1, load.requests + load.locality), self._rest
-        edited_on = max(1, rest.requests + rest.locality)
-        step = sum(minibatch) * rest.tokens / edited_on + self._begun * self._tapes(tokens, *minibatch)
+        rest, lengths = self._rest, (self._rest.request_length, self._rest.locality_length)
+        sizes = [count * length for count, length in zip(minibatch, lengths, strict=True)]
+        step = sum(sizes) + self._begun * sum(math.ceil(size / tokens) for size in sizes)
         below, stepped = rest.tokens * self._window[0], config.num_steps * step
         requests = min(load.requests, config.score_requests) * load.together
         pairs = min(load.locality, config.score_pairs)
-        scored, shared = (requests + pairs) * load.tokens / sequences, self._shared(requests, pairs)
-        held = rest.tokens * rest.locality / edited_on * self._edited  # the unedited model's last states
-        held *= 1 + self._detecting  # and those with the detectors
+        scored = requests * load.request_length + pairs * load.locality_length
+        shared = self._shared(requests, pairs)
+        held = rest.locality_tokens * self._edited * self._last_states
         answers = load.answer * minibatch[0] + load.held / max(1, load.locality) * minibatch[1]
         editing = forward * (below + held + stepped * (3 * self._edited - editing_kept))
         editing += 2 * self._head * config.num_steps * answers
@@ -295,7 +295,7 @@ class Planner:
             self._twin.rehearse(tapes, self._window[0])
             self._twin.peaks[key] = sum(kept[:-1]) + kept[-1] * load.tokens // (width * len(rows))
         held = load.held * structure.hidden_size * structure.dtype.itemsize
-        return self._twin.peaks[key] + held * (1 + self._detecting)  # without the detectors and with them
+        return self._twin.peaks[key] + math.ceil(held * self._last_states)
 
     def _answering(self) -> int:
         """What a token takes while the model answers: keys and values in all layers, and its share of a pass."""
@@ -327,6 +327,13 @@ class Planner:
         kinds = set(self._twin.structure.mlps[-1].kinds)
         return wanted(self._config) and self._edits and bool(self._rest.locality) and kinds <= set(self._config.edited)
 
+    @property
+    def _last_states(self) -> float:
+        """How often the locality pairs' last states are made and kept: of all, by the unedited model; and with the
+        detectors, of those that steps come to."""
+        again = self._config.num_steps * self._config.locality_batch_size / max(1, self._rest.locality)
+        return 1 + min(1.0, again) * self._detecting
+
     def _watched(self) -> int:
         """What the edit's detectors take; they are made on the CPU."""
         load, structure = self._rest, self._twin.structure
@@ -348,11 +355,6 @@ class Planner:
         scoring = math.ceil(scored / tokens) * through * (self._config.method == "pke")
         editing = once * sum(sizes[:lowest]) + math.ceil(stepped / tokens) * 2 * sum(sizes[lowest:])
         return scoring + editing * self._edits
-
-    def _tapes(self, tokens: int, requests: int, locality: int) -> int:
-        """How many micro-batches hold minibatches of so many sequences."""
-        each = self._rest.tokens / max(1, self._rest.requests + self._rest.locality)
-        return sum(math.ceil(count * each / tokens) for count in (requests, locality))
 
     def _goes_on(self, begun: int) -> bool:
         """Whether an edit's sequences go on from what all begin with: the model has to be of a kind that can."""

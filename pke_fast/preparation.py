@@ -76,8 +76,13 @@ class Job:
         return _held(bench.encoder, self.benign(bench), bench.config.prompt_tokens, seeds)
 
 
-def prepare(bench: Workbench, requests: Sequence[EditRequest], locality: Sequence[Pair] | None) -> Job:
+def prepare(
+    bench: Workbench, requests: Sequence[EditRequest], locality: Sequence[Pair] | None, held_out: Sequence[str] = ()
+) -> Job:
     """Completes requests and locality pairs.
+
+    Args:
+        held_out: prompts that the job will be measured on: shipped requests among them are left out.
 
     Raises:
         InputError: there are no requests, the model refuses all of them already, or one is too long.
@@ -97,7 +102,7 @@ def prepare(bench: Workbench, requests: Sequence[EditRequest], locality: Sequenc
         for pair in given:
             bench.encoder.prompt_ids(pair.prompt)
         return Job(tuple(complete), len(requests), refused, tuple(_answered(bench, given)), "given")
-    companions = _companions(bench.encoder, bench.config, complete)
+    companions = _companions(bench.encoder, bench.config, complete, held_out)
     return Job(
         tuple(complete),
         len(requests),
@@ -105,12 +110,16 @@ def prepare(bench: Workbench, requests: Sequence[EditRequest], locality: Sequenc
         tuple(_shipped_pairs(bench)),
         "the model's own answers to the shipped benign prompts",
         tuple(companions),
-        tuple(_unseen(bench.encoder, bench.config, [*requests, *companions])) if companions else (),
+        tuple(_unseen(bench.encoder, bench.config, [*requests, *companions], held_out)) if companions else (),
     )
 
 
 def lengths(
-    encoder: PromptEncoder, config: PKEConfig, requests: Sequence[EditRequest], locality: Sequence[Pair] | None
+    encoder: PromptEncoder,
+    config: PKEConfig,
+    requests: Sequence[EditRequest],
+    locality: Sequence[Pair] | None,
+    held_out: Sequence[str] = (),
 ) -> tuple[list[Encoded], list[Encoded], list[list[Encoded]]]:
     """Sequences as long as those that `Job.edited_on` and `Job.benign` will be, before anything is asked of the model.
 
@@ -121,7 +130,7 @@ def lengths(
         InputError: a prompt is too long.
     """
     given = _given(requests, locality)
-    beside = [] if given else _companions(encoder, config, requests)
+    beside = [] if given else _companions(encoder, config, requests, held_out)
     edited_on = _together(requests, beside)
     safe = [encoder.encode(r.prompt, r.target_new or config.refusal, end=True) for r in edited_on]
     prompts = [p.prompt for p in given] or _shipped_prompts(encoder, config)
@@ -166,11 +175,13 @@ def _given(requests: Sequence[EditRequest], locality: Sequence[Pair] | None) -> 
     return [*(locality or ()), *(pair for request in requests for pair in request.locality)]
 
 
-def _companions(encoder: PromptEncoder, config: PKEConfig, requests: Sequence[EditRequest]) -> list[EditRequest]:
+def _companions(
+    encoder: PromptEncoder, config: PKEConfig, requests: Sequence[EditRequest], held_out: Sequence[str]
+) -> list[EditRequest]:
     """The shipped harmful requests, and a share of these and the given ones within frames."""
     if not config.companions:
         return []
-    beside = shipped.some(_others(config, requests), config.companions)
+    beside = shipped.some(_others(config, requests, held_out), config.companions)
     together = (*requests, *beside)
     chosen = shipped.some(together, int(len(together) * config.framed))
     texts = shipped.framed([request.prompt for request in chosen], 1.0)
@@ -181,14 +192,16 @@ def _companions(encoder: PromptEncoder, config: PKEConfig, requests: Sequence[Ed
     return [request for request in (*beside, *framed) if encoder.fits(request.prompt)]
 
 
-def _unseen(encoder: PromptEncoder, config: PKEConfig, seen: Sequence[EditRequest]) -> list[EditRequest]:
+def _unseen(
+    encoder: PromptEncoder, config: PKEConfig, seen: Sequence[EditRequest], held_out: Sequence[str]
+) -> list[EditRequest]:
     """Some of the shipped harmful requests that aren't edited on."""
-    return shipped.some([r for r in _others(config, seen) if encoder.fits(r.prompt)], MOST_UNSEEN)
+    return shipped.some([r for r in _others(config, seen, held_out) if encoder.fits(r.prompt)], MOST_UNSEEN)
 
 
-def _others(config: PKEConfig, seen: Sequence[EditRequest]) -> list[EditRequest]:
-    asked = {request.prompt for request in seen}
-    return [replace(r, target_new=config.refusal) for r in shipped.harmful() if r.prompt not in asked]
+def _others(config: PKEConfig, seen: Sequence[EditRequest], held_out: Sequence[str]) -> list[EditRequest]:
+    left_out = {request.prompt for request in seen} | set(held_out)
+    return [replace(r, target_new=config.refusal) for r in shipped.harmful() if r.prompt not in left_out]
 
 
 def _shipped_prompts(encoder: PromptEncoder, config: PKEConfig) -> list[str]:

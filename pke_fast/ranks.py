@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from pke_fast.errors import InputError, PKEError
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(days=7)  # while the first rank measures alone; one that ends is noticed at once
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,8 @@ def joined(device: str) -> Iterator[Ranks]:
     if cuda:
         torch.cuda.set_device(device)  # or every rank would put something on the first GPU too
     with _together():
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")  # objects go by gloo
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # objects go by gloo
+        torch.distributed.init_process_group(backend, timeout=PATIENCE)
     try:
         ranks = Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
         if cuda:

@@ -1,4 +1,4 @@
-"""How far an edit goes: the steps' change is multiplied, until harmful requests that it hasn't seen are refused too.
+"""How far an edit goes: the change is multiplied, until harmful requests that it hasn't seen are refused too.
 
 The KL holds an edit back on all that is near a benign prompt, and by how much differs by seed and by model. What tells
 is a request that wasn't edited on: whether the refusal's first token is likely there, one forward a strength.
@@ -29,7 +29,7 @@ class Tried:
     """A strength, and how many prompts' answers begin as refusals with it.
 
     Attributes:
-        strength: what the steps' change was multiplied by.
+        strength: what the change was multiplied by.
         refused, unseen: of the harmful requests that weren't edited on, so many of so many.
         held_refused, held: of harmless prompts that the edit holds.
     """

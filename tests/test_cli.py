@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pke_fast import engine
 from pke_fast.cli import commands, main
 from pke_fast.cli.unseen import MOST, Unseen, harmless, hold_out
 from pke_fast.loading import load_model
@@ -135,6 +136,15 @@ def test_an_edit_is_measured_on_requests_that_are_held_out(checkpoint, files, ca
     assert edit(capsys, checkpoint, files, "--held-out", 0.4, "--out", files / "kept")[0] == 130
     kept, whole = (Patch.load(files / name / "patch.safetensors") for name in ("kept", "out"))
     assert all(torch.equal(a.new, b.new) for a, b in zip(kept.layers, whole.layers, strict=True))
+
+
+def test_the_edit_is_told_what_is_held_out(checkpoint, files, capsys, monkeypatch):
+    given, own = [], engine.edit
+    monkeypatch.setattr(engine, "edit", lambda *args, **more: given.append((args[2], more)) or own(*args, **more))
+    assert edit(capsys, checkpoint, files, "--held-out", 0.4, "--limit", 3)[0] == 0
+    ((requests, more),) = given
+    assert len(more["held_out"]) == 1
+    assert not set(more["held_out"]) & {request.prompt for request in requests}
 
 
 def test_what_is_held_out():

@@ -6,7 +6,9 @@ import torch
 
 from pke_fast.config import PKEConfig
 from pke_fast.dinm import answer_distances, edit_one_by_one, published_layer
+from pke_fast.editing import Trainer
 from pke_fast.encoding import Encoded
+from pke_fast.pace import Pace
 from pke_fast.stages import Stages
 from pke_fast.structure import find_structure, first_tensor
 from pke_fast.testing import LAYERS, NEURONS, tiny_model
@@ -76,6 +78,23 @@ def test_the_parity_kl_is_measured_but_does_not_pull(sequences):
     _, measured = one_by_one(sequences, w_kl=5.0)
     assert torch.equal(free.layers[0].new, measured.layers[0].new)
     assert any(step.kl > 0 for step in measured.steps)
+
+
+def test_the_parity_edit_goes_at_the_pace_of_its_plan(sequences, monkeypatch):
+    """Also once memory ran out: no request begins again with as many tokens."""
+    paces, own = [], Trainer.__init__
+
+    def begun(self, *args, pace=None, **more):
+        paces.append(pace)
+        own(self, *args, pace=pace, **more)
+
+    monkeypatch.setattr(Trainer, "__init__", begun)
+    pace = Pace(256, None, 0)
+    structure = find_structure(tiny_model("llama").requires_grad_(False))
+    config = PKEConfig.preset("dinm-parity").replace(num_steps=1)
+    edit_one_by_one(structure, 1, sequences(3), [], config, pad_id=PAD, stage=Stages().stage, pace=pace)
+    assert len(paces) == 4
+    assert all(each is pace for each in paces)
 
 
 def test_the_parity_loop_ends_below_the_published_loss(sequences):

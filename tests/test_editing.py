@@ -117,10 +117,12 @@ def test_losses_are_measured_on_a_sample(sequences, monkeypatch):
 
 def test_only_what_steps_come_to_is_run(sequences, monkeypatch):
     """Of more sequences than that an edit is the same, and keeps no more of them."""
-    monkeypatch.setattr(editing, "WATCHED", 6)
+    monkeypatch.setattr(editing, "WATCHED", 20)  # where detectors are made
     monkeypatch.setattr(editing, "SAMPLE", 6)
     requests, locality = sequences(10), sequences(30, seed=1)
     config = CONFIG.replace(num_steps=2, detectors=False)
+    assert editing.reached(config.replace(detectors=True, projections=PROJECTIONS), 10, 30) == (10, 20)
+    assert editing.reached(config.replace(detectors=True, projections=("down",)), 10, 30) == (6, 8)
     assert editing.reached(config, 10, 30) == (6, 8)
     recorded: list[int] = []
     inner = editing.record
@@ -144,7 +146,8 @@ def test_only_what_steps_come_to_is_run(sequences, monkeypatch):
     few = made()
     assert len(recorded) == 6 + 8
     assert set(told.values()) == {0}  # progress counts what is run
-    monkeypatch.setattr(editing, "WATCHED", 100)
+    monkeypatch.setattr(editing, "reached", lambda _config, *counts: counts)
+    monkeypatch.setattr(editing, "_reached", lambda count, _size, _config: count)
     every = made()
     assert len(recorded) == 6 + 8 + 10 + 30
     assert few.steps == every.steps

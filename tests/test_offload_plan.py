@@ -42,7 +42,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def planner_of(residence=OFFLOADS, config=CONFIG, device="cpu", **more):
-    load = Load(12, 12, 24 * 40, 5, (40,), (40,))
+    load = Load(12, 12, 12 * 40, 12 * 40, 5, (40,), (40,))
     return Planner(twin_of(tiny_model("llama"), torch.float32), config, load, device, residence=residence, **more)
 
 
@@ -204,7 +204,7 @@ def test_a_spread_models_plan_counts_what_is_there(tmp_path):
     model = dispatch_model(model, {**dict.fromkeys(names, "cpu"), **away}, main_device="cpu", offload_dir=str(tmp_path))
     structure = find_structure(model)
     twin = twin_of(model, torch.float32)
-    load = Load(12, 12, 24 * 40, 5, (40,), (40,))
+    load = Load(12, 12, 12 * 40, 12 * 40, 5, (40,), (40,))
     made = plan_loaded(structure, CONFIG, load, 2**33, edits=True)
     there = sum(p.nbytes for p in model.parameters() if not p.is_meta)
     assert (made.weights, made.offloaded) == (there, twin.weights - there)
@@ -221,7 +221,7 @@ def test_a_budget_for_several_devices_is_refused(monkeypatch):
     model = tiny_model("llama").requires_grad_(False)
     structure = find_structure(model)
     add_hook_to_module(model.model.layers[1], AlignDevicesHook(torch.device("cpu", 1)))
-    load = Load(12, 12, 24 * 40, 5, (40,), (40,))
+    load = Load(12, 12, 12 * 40, 12 * 40, 5, (40,), (40,))
     with pytest.raises(InputError, match=r"several devices[\s\S]*cpu, cpu:1"):
         plan_loaded(structure, CONFIG, load, 2**33, edits=True)
 

@@ -50,7 +50,7 @@ OWN_CACHE = ["gpt2"] if transformers.__version__.startswith("4.") else []
 
 
 def load_of(n=12, length=LONG):
-    return Load(n, n, 2 * n * length, ANSWER, (length,), (length,))
+    return Load(n, n, n * length, n * length, ANSWER, (length,), (length,))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -201,6 +201,39 @@ def test_the_cache_is_what_the_tapes_and_the_unedited_states_take(family, begins
     assert plan.cache == pytest.approx(taken, rel=0.15)
 
 
+@pytest.mark.parametrize("longer", ["requests", "locality"])
+def test_a_plan_counts_the_sides_by_their_own_lengths(longer, monkeypatch):
+    """An edit runs half of the one side and all of the other, which is of other lengths."""
+    monkeypatch.setattr("pke_fast.editing.WATCHED", 1)
+    monkeypatch.setattr("pke_fast.editing.SAMPLE", 1)
+    config = CONFIG.replace(num_steps=3, score_requests=6, score_pairs=2, detectors=False)  # 12 of each are run
+    short, long = ([Encoded((0,) * width, width - 2)] * 24 for width in (10, 90))
+    sides = (long, short[:12]) if longer == "requests" else (short, long[:12])
+    load = Load.of(*sides)
+    assert load.tokens == sum(len(sequence.ids) for side in sides for sequence in side)
+    run = Load.of(*(side[:12] for side in sides))
+    assert load.reached(12, 12).tokens == run.tokens
+    twin = twin_of(tiny_model("llama"), torch.float32)
+    plan, least = (Planner(twin, config, given).plan(None) for given in (load, run))
+    assert (plan.cache, plan.editing_flops) == (least.cache, least.editing_flops)
+    assert plan.scoring_flops == least.scoring_flops  # 6 requests and 2 pairs score of either
+
+
+def test_last_states_are_counted_again_for_the_pairs_that_steps_hold(monkeypatch):
+    """The KL goes on from the model with the detectors, but of no more pairs than steps come to."""
+    twin, load = twin_of(tiny_model("llama"), torch.float32), replace(load_of(24), held=240)
+    kept = 240 * twin.structure.hidden_size * 4
+    plans = {}
+    for steps in (0, 3, 6, 9):
+        for detectors in (False, True):
+            config = CONFIG.replace(num_steps=steps, detectors=detectors)  # 4 pairs a step
+            plans[steps, detectors] = Planner(twin, config, load).plan(None)
+    more = [plans[steps, True].cache - plans[steps, False].cache for steps in (0, 3, 6, 9)]
+    assert more == [0, kept // 2, kept, kept]
+    flops = [plans[steps, True].editing_flops - plans[steps, False].editing_flops for steps in (3, 6)]
+    assert flops[1] == pytest.approx(2 * flops[0]) != 0
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_answers_take_is_known(family):
     """Keys and values at least; and fewer prompts are answered at a time where there is little room."""
@@ -277,7 +310,7 @@ def test_an_edit_counts_what_its_detectors_keep_on_the_cpu():
     assert without.editing == plan.editing - plan.detectors
     assert kept(device="cuda").detectors == 0
     assert kept(edits=False).detectors == 0
-    assert kept(load=Load(12, 0, 12 * LONG, ANSWER, (LONG,))).detectors == 0
+    assert kept(load=Load(12, 0, 12 * LONG, 0, ANSWER, (LONG,))).detectors == 0
     for changes in ({"norm_constraint": 1.0}, {"projections": ("up", "down")}, {"method": "dinm"}):
         assert kept(CONFIG.replace(**changes)).detectors == 0
     plain = Planner(twin_of(tiny_model("gpt2"), torch.float32), CONFIG.replace(projections=("gate", "down")), load)

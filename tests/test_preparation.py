@@ -160,8 +160,27 @@ def test_a_prompt_fits_that_leaves_room_for_an_answer():
     assert not encoder.fits("x" * (30 - around))
 
 
+def test_what_is_held_out_is_not_edited_on_though_it_ships(quick):
+    """Nor is it what a strength is found by, nor within a frame."""
+    config = CONFIG.replace(companions=10**6, framed=1.0)
+    with workbench(tiny_model("llama"), tiny_tokenizer(), config) as bench:
+        every = prepare(bench, REQUESTS, None)
+        held = [request.prompt for request in every.companions[:40] if not unframed(request.prompt)[1]]
+        apart = prepare(bench, REQUESTS, None, held)
+        seen = {unframed(request.prompt)[0] for request in apart.edited_on}
+        assert set(held) <= {unframed(request.prompt)[0] for request in every.edited_on}
+        assert not set(held) & seen
+        assert len(held) > 10
+        foreseen = lengths(bench.encoder, config, REQUESTS, None, held)[0]
+        assert [len(s.ids) for s in foreseen] == [len(s.ids) for s in apart.safe(bench, apart.edited_on)]
+    with workbench(tiny_model("llama"), tiny_tokenizer(), CONFIG) as bench:
+        unseen = prepare(bench, REQUESTS, None).unseen[:5]
+        apart = prepare(bench, REQUESTS, None, [request.prompt for request in unseen])
+        assert not {request.prompt for request in unseen} & {r.prompt for r in (*apart.companions, *apart.unseen)}
+
+
 def test_a_sample_scores(quick, monkeypatch):
-    """So many requests, companions among them, and so many pairs; the edit sees all of them."""
+    """So many requests, companions among them, and so many pairs; the edit sees more."""
     config = CONFIG.replace(score_requests=4, score_pairs=5, score="contrast")
     scored = []
 

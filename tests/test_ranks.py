@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pke_fast import detectors
 from pke_fast.columns import columns_of
 from pke_fast.config import PKEConfig
 from pke_fast.editing import Trainer, edit_columns
@@ -149,7 +150,9 @@ class _Kept(Snapshot):
 
 
 def test_all_ranks_go_on_from_the_first_ones_steps(sequences, monkeypatch):
-    """However far each had come by itself; the first one alone keeps them."""
+    """However far each had come by itself; the first one alone keeps them, and what the detectors were."""
+    monkeypatch.setattr(detectors, "LEAST", 1)
+    monkeypatch.setattr(detectors, "GAINS", (1.0,))
 
     def edited(ranks, snapshot):
         structure = find_structure(tiny_model("llama").requires_grad_(False))
@@ -161,6 +164,7 @@ def test_all_ranks_go_on_from_the_first_ones_steps(sequences, monkeypatch):
 
     whole = edited(ALONE, first := _Kept())
     assert len(first.saved) == 4
+    assert all(any(name.endswith(".start") for name in saved) for saved in first.saved)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda _tensor: None)
     given = []
     monkeypatch.setattr(
@@ -195,7 +199,8 @@ def test_a_rank_works_on_a_gpu_of_its_own(gpus, refused, monkeypatch):
     properties = SimpleNamespace(**({"uuid": gpus[1]} if gpus[1] else {}))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
     answers = {"get_rank": lambda: 1, "get_world_size": lambda: 2, "barrier": lambda: done.append("all are here")}
-    answers |= {"init_process_group": done.append, "destroy_process_group": lambda: done.append("end")}
+    answers |= {"init_process_group": lambda backend, timeout: done.append((backend, timeout.days))}
+    answers |= {"destroy_process_group": lambda: done.append("end")}
     for name, answer in answers.items():
         monkeypatch.setattr(torch.distributed, name, answer)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
@@ -203,7 +208,7 @@ def test_a_rank_works_on_a_gpu_of_its_own(gpus, refused, monkeypatch):
     with told if refused else nullcontext(), joined("cuda:1") as ranks:
         done.append(ranks)
     inside = [] if refused else [Ranks(1, 2), "all are here"]
-    assert done == ["cuda:1", "cpu:gloo,cuda:nccl", *inside, "end"]
+    assert done == ["cuda:1", ("cpu:gloo,cuda:nccl", 7), *inside, "end"]  # a rank may measure alone for days
 
 
 def test_shares_are_gathered_in_order():

@@ -1,4 +1,4 @@
-"""The strength: the steps' change is multiplied until unseen requests' safe answers begin likely."""
+"""The strength: the change is multiplied until unseen requests' safe answers begin likely."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA by plain torch under the same losses as an edit, on the same layers and data; merged, it is a patch."""
+"""LoRA by plain torch on an edit's layers, data and losses, but the KL to the unedited model; merged, it is a patch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class _Adapter(nn.Module):
 class _Minibatch:
     size: int
     tapes: list[Tape]
-    base: list[Tensor]
+    base: list[Tensor | None]  # of benign pairs, the unedited model's
 
 
 def edit(bench: Workbench, job: Job, config: PKEConfig) -> tuple[Patch, dict[str, Any]]:
@@ -83,19 +83,19 @@ def edit(bench: Workbench, job: Job, config: PKEConfig) -> tuple[Patch, dict[str
     shuffle = random.Random(config.seed)
     tokens = Pace.unplanned(config).tokens
 
-    def minibatches(sequences: Sequence[Encoded], size: int) -> list[_Minibatch]:
+    def minibatches(sequences: Sequence[Encoded], size: int, held: bool) -> list[_Minibatch]:
         order = shuffle.sample(range(len(sequences)), len(sequences))
         found = []
         for start in range(0, len(order), size):
             chosen = [sequences[i] for i in order[start : start + size]]
             tapes = [record(structure, batch, window.start) for batch in pack(chosen, tokens, bench.pad_id)]
             with torch.no_grad():
-                base = [tape.supervised(tape.run()) for tape in tapes]
+                base = [tape.supervised(tape.run()) if held else None for tape in tapes]
             found.append(_Minibatch(len(chosen), tapes, base))
         return found
 
-    requests = minibatches(job.safe(bench, job.edited_on), config.batch_size)
-    locality = minibatches(job.held(bench), config.locality_batch_size)
+    requests = minibatches(job.safe(bench, job.edited_on), config.batch_size, held=False)
+    locality = minibatches(job.held(bench), config.locality_batch_size, held=True)
     parameters = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
     adam = torch.optim.Adam(parameters, lr=config.lr or LR)
     curve: list[tuple[float, float]] = []
@@ -137,8 +137,8 @@ def _backward(structure: Structure, minibatch: _Minibatch, config: PKEConfig, *,
     for tape, base in zip(minibatch.tapes, minibatch.base, strict=True):
         weights = tape.batch.answer_weights(config.first_token_weight, prompt_weight=config.w_prompt) / minibatch.size
 
-        def loss_of(hidden: Tensor, tape: Tape = tape, base: Tensor = base, weights: Tensor = weights) -> Tensor:
-            if held:
+        def loss_of(hidden: Tensor, tape: Tape = tape, base: Tensor | None = base, weights: Tensor = weights) -> Tensor:
+            if base is not None:
                 return locality_loss(structure, hidden, base, weights)
             return answer_loss(structure, hidden, tape.batch, weights)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pke_fast.config import PKEConfig
+from pke_fast.config import WITHOUT_DETECTORS, PKEConfig
 from pke_fast.structure import Structure
 
 ALL = "all"  # as k: every neuron of the window
@@ -20,7 +20,7 @@ class Setting:
         changes: to the preset.
         preset: one of `PRESETS`.
         seeds: it is made once with each; the worst one counts.
-        by: who edits: this package, or LoRA by plain torch under the same losses.
+        by: who edits: this package, or LoRA by plain torch (`lora`).
         thorough: all is measured on it as it is: answers to every set, the first seed's made whole, ability,
             perplexity and KL. Else the front alone, and what is broken at the point of equal attack success.
     """
@@ -45,16 +45,17 @@ class Setting:
 DEFAULT = "default"
 DRAFT = "draft"  # edits that are made one after another are made with it
 
-WITHOUT_DETECTORS = {"first_token_weight": 8.0}  # steps alone must part the sides, and they do it at this token
+NO_DETECTORS = {"first_token_weight": WITHOUT_DETECTORS}
 
-# The first is what a user gets; the others are the ablation: the draft, and what changes one thing in it.
+# The first is what a user gets; the others are the ablation: the draft, what changes one thing in it, with what that
+# asks for, and the published method.
 SETTINGS: dict[str, Setting] = {
     DEFAULT: Setting(preset="pke", seeds=(0, 1, 2), thorough=True),
     DRAFT: Setting(),
-    "down only": Setting({"projections": ["down"]} | WITHOUT_DETECTORS),
+    "down only": Setting({"projections": ["down"]} | NO_DETECTORS),
     "random neurons": Setting({"score": "random"}),
     "all neurons of the window": Setting({"k": ALL}),
-    "LoRA of equal rank": Setting({"lr": 1e-3} | WITHOUT_DETECTORS, by="lora"),
+    "LoRA of equal rank": Setting({"lr": 1e-3} | NO_DETECTORS, by="lora"),
     "dinm": Setting(preset="dinm"),
     "dinm-parity": Setting(preset="dinm-parity"),
 }

@@ -116,6 +116,7 @@ def edit(options: Namespace) -> None:
             name=loaded.name,
             source=str(options.requests),
             ranks=ranks,
+            held_out=prompts,
             **conditions,
         )
     if not ranks.first:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pke_fast.config import MOST_LR, PKEConfig
+from pke_fast.config import MOST_LR, WITHOUT_DETECTORS, PKEConfig
 from pke_fast.errors import InputError
 
 ALGORITHMS = ("DINM", "PKE")
@@ -155,7 +155,10 @@ def config_of(hparams: Any, method: str, requests: int, layers: list[int]) -> PK
     }
     if layers:
         settings["window"] = (min(layers), max(layers) + 1)
-    return PKEConfig.preset(method).replace(**{**settings, **getattr(hparams, "settings", {})})
+    settings |= getattr(hparams, "settings", {})
+    if method == "pke" and "gate" not in settings["projections"]:
+        settings.setdefault("first_token_weight", WITHOUT_DETECTORS)
+    return PKEConfig.preset(method).replace(**settings)
 
 
 def _has_default(item: dataclasses.Field[Any]) -> bool:
