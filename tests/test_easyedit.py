@@ -173,6 +173,7 @@ def test_the_fixed_mode_is_pke_fasts_own_edit(apply, method):
         batch_size=2,
         suffix_system_prompt="",
         projections=("down",),
+        first_token_weight=8.0 if method == "pke" else 1.0,  # without gate rows there are no detectors
         **settings,
     )
     config = config.replace(k=2 * NEURONS)  # a thousand are more than there are
