@@ -63,8 +63,9 @@ class PKEConfig:
         w_edit, w_kl: weights of the safe answer's cross-entropy and of the locality KL in the loss. The KL is to the
             model with the detectors where there are some.
         stop_loss, stop_kl: stop once the running means of the edit loss and of the KL are both below these.
-        strength: once the steps are made, the whole change is multiplied by this: above 1 it refuses more of what it
-            refused almost, harmful or not. None: beside companions the least, from 1 to 1.5, that makes the edit refuse
+        strength: once the steps are made, what the detectors say is multiplied by this, or where there are none the
+            whole change: above 1 it refuses more of what it refused almost, harmful or not. None: beside companions the
+            least, from 1 to 5 (of the whole change to 1.5), that makes the edit refuse
             `unseen_refused` of shipped harmful requests that it wasn't made from (`strength`); else 1. No effect under
             `norm_constraint`, nor on ``method: dinm-parity``.
         unseen_refused: that share, by whether the refusal's first token is likelier than all others together.

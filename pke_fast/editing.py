@@ -25,7 +25,7 @@ from pke_fast.objective import answer_loss, locality_loss
 from pke_fast.pace import BEFORE, Pace, in_flight, told_once
 from pke_fast.ranks import ALONE, Ranks
 from pke_fast.resume import NOWHERE, Snapshot
-from pke_fast.strength import STRENGTHS, Tried, answers_begun, beginnings, least, refusing
+from pke_fast.strength import LOUDER, WHOLE, Tried, answers_begun, beginnings, least, refusing
 from pke_fast.structure import Structure
 from pke_fast.tape import Tape, record
 
@@ -74,7 +74,7 @@ class Outcome:
         before, after: the losses over at least SAMPLE of either side, or all, `after` with the weights in the model's
             own dtype.
         stopped: why it stopped, in words.
-        strength: what the change was multiplied by.
+        strength: what the change, or what the detectors say, was multiplied by.
         tried: the strengths that it was chosen from; none where it wasn't sought.
     """
 
@@ -366,9 +366,22 @@ class Trainer:
         for column, most in zip(self.columns, self._most_lr, strict=True):
             column.update(self.config, left * most)
 
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """Those that are tried."""
+        return LOUDER if self.begun else WHOLE
+
+    def stretch(self, by: float) -> None:
+        """Gives the live weights a strength: so many times what the detectors say, or without them the change."""
+        for column in self.columns:
+            if not self.begun:
+                column.stretch(by)
+            elif column.projection == "down":
+                column.amplify(self.start[column.name][0], by)
+
     def begun_by_strength(self, sequences: Sequence[Encoded], advance: Callable[[int], None]) -> list[int]:
-        """How many of the sequences' answers the model begins, at each of STRENGTHS; the last of these stays."""
-        found = torch.zeros(len(STRENGTHS), device=self.structure.head_device)
+        """How many of the sequences' answers the model begins, at each of `strengths`; the last of these stays."""
+        found = torch.zeros(len(self.strengths), device=self.structure.head_device)
         waiting = beginnings(self.ranks.mine(sequences))
         begin = told_once(advance)
 
@@ -377,7 +390,7 @@ class Trainer:
             told = begin()
             for batch in pack(waiting, self.pace.tokens, self._pad_id):
                 with in_flight(batch):
-                    found.add_(answers_begun(self.structure, self.columns, batch))
+                    found.add_(answers_begun(self.structure, batch, self._first, self.strengths, self.stretch))
                 told(len(batch.rows))
 
         self._slower_if_it_must(count, "finding the strength")
@@ -496,12 +509,12 @@ def edit_columns(
                 harmful, harmless = (trainer.begun_by_strength(side, advance) for side in (unseen, held))
             tried = tuple(
                 Tried(by, of_unseen, len(unseen), of_held, len(held))
-                for by, of_unseen, of_held in zip(STRENGTHS, harmful, harmless, strict=True)
+                for by, of_unseen, of_held in zip(trainer.strengths, harmful, harmless, strict=True)
             )
-            strength = least([one.refused / one.unseen for one in tried], config.unseen_refused)
+            shares = [one.refused / one.unseen for one in tried]
+            strength = least(trainer.strengths, shares, config.unseen_refused)
         strength = 1.0 if strength is None else strength
-        for column in columns:
-            column.stretch(strength)
+        trainer.stretch(strength)
         with stage("Measuring the losses after", requests_sampled + pairs_sampled) as advance:
             after = trainer.final_losses(advance)
         layers = tuple(column.patch() for column in columns)

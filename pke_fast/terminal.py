@@ -87,7 +87,7 @@ def losses(console: Console, found: Mapping[str, Any]) -> None:
     _show(console, table)
     if found.get("stopped"):
         strength = found.get("strength", 1)
-        more = "" if strength == 1 else f"; the change was multiplied by {strength:g}"
+        more = "" if strength == 1 else f"; strength {strength:g}"
         _print(console, f"Stopped: {found['stopped']}{more}", indent=2, style="dim")
 
 

@@ -1,4 +1,4 @@
-"""The strength: the change is multiplied until unseen requests' safe answers begin likely."""
+"""The strength: what an edit says is multiplied until unseen requests' safe answers begin likely."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from pke_fast import editing, shipped, strength
+from pke_fast import detectors, editing, shipped, strength
 from pke_fast.batches import pack
 from pke_fast.columns import columns_of
 from pke_fast.config import PKEConfig
@@ -17,8 +17,9 @@ from pke_fast.encoding import Encoded
 from pke_fast.kinds import PROJECTIONS
 from pke_fast.preparation import MOST_UNSEEN, prepare
 from pke_fast.requests import EditRequest
+from pke_fast.resume import NOWHERE, Snapshot
 from pke_fast.stages import Stages
-from pke_fast.strength import LIKELY, STRENGTHS, answers_begun, beginnings, least, refusing
+from pke_fast.strength import LIKELY, LOUDER, WHOLE, answers_begun, beginnings, least, refusing
 from pke_fast.structure import find_structure
 from pke_fast.testing import NEURONS, tiny_model, tiny_tokenizer
 from pke_fast.workbench import workbench
@@ -45,11 +46,15 @@ def test_counts_are_those_of_whole_forwards(sequences, monkeypatch) -> None:
         column.master += 0.4 * torch.randn(column.master.shape, generator=torch.Generator().manual_seed(column.layer))
     unseen = beginnings(sequences(12))
     (batch,) = pack(unseen, 10_000, PAD)
-    found = answers_begun(structure, columns, batch)
-    wanted = []
-    for factor in STRENGTHS:
+
+    def stretch(by: float) -> None:
         for column in columns:
-            column.stretch(factor)
+            column.stretch(by)
+
+    found = answers_begun(structure, batch, min(HOT_SPOTS), WHOLE, stretch)
+    wanted = []
+    for factor in WHOLE:
+        stretch(factor)
         losses = [-model(torch.tensor([s.ids[:-1]])).logits[0, -1].log_softmax(-1)[s.ids[-1]].item() for s in unseen]
         wanted.append(sum(loss < math.log(300) for loss in losses))
     assert found.tolist() == wanted
@@ -80,7 +85,7 @@ def test_held_prompts_get_the_refusals_first_token() -> None:
     ],
 )
 def test_the_least_that_is_enough(shares, wanted, found) -> None:
-    assert least(shares, wanted) == found
+    assert least(WHOLE, shares, wanted) == found
 
 
 def test_an_edit_goes_as_far_as_unseen_requests_need(sequences) -> None:
@@ -90,11 +95,11 @@ def test_an_edit_goes_as_far_as_unseen_requests_need(sequences) -> None:
     _, without = edited(*sides, ())
     model, most = edited(*sides, unseen, unseen_refused=1.0)
     _, least_of_all = edited(*sides, unseen, unseen_refused=0.0)
-    assert (plain.strength, without.strength, most.strength, least_of_all.strength) == (1.0, 1.0, STRENGTHS[-1], 1.0)
+    assert (plain.strength, without.strength, most.strength, least_of_all.strength) == (1.0, 1.0, WHOLE[-1], 1.0)
     for once, bare, more, same in zip(plain.layers, without.layers, most.layers, least_of_all.layers, strict=True):
         assert torch.equal(once.new, bare.new)
         assert torch.equal(once.new, same.new)
-        assert torch.allclose(more.new - more.old, STRENGTHS[-1] * (once.new - once.old), atol=1e-6)
+        assert torch.allclose(more.new - more.old, WHOLE[-1] * (once.new - once.old), atol=1e-6)
     live = columns_of(find_structure(model), HOT_SPOTS, PROJECTIONS)
     assert all(torch.equal(column.exact, part.new) for column, part in zip(live, most.layers, strict=True))
     assert most.after != plain.after  # measured on what stays
@@ -105,9 +110,9 @@ def test_all_strengths_that_were_tried_are_told(sequences, monkeypatch) -> None:
     sides = sequences(6), sequences(30, seed=1)
     unseen = sequences(15, seed=7)
     _, outcome = edited(*sides, unseen)
-    assert [one.strength for one in outcome.tried] == list(STRENGTHS)
+    assert [one.strength for one in outcome.tried] == list(WHOLE)
     assert all((one.unseen, one.held) == (15, 8) for one in outcome.tried)
-    model, last = edited(*sides, (), strength=STRENGTHS[-1])
+    model, last = edited(*sides, (), strength=WHOLE[-1])
 
     def begun(sequence) -> bool:
         *prompt, token = sequence.ids
@@ -118,6 +123,43 @@ def test_all_strengths_that_were_tried_are_told(sequences, monkeypatch) -> None:
     assert 0 < counts[0] < 15
     assert 0 < counts[1] < 8
     assert last.tried == ()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_with_detectors_their_words_alone_are_louder(dtype, sequences, monkeypatch) -> None:
+    """All else stays as the steps left it, to the bit; so does a run that was interrupted after them."""
+    monkeypatch.setattr(detectors, "LEAST", 1)
+    monkeypatch.setattr(detectors, "GAINS", (1.0,))
+    sides, unseen = (sequences(6), sequences(9, seed=1)), sequences(5, seed=7)
+    kept: list[dict[str, torch.Tensor]] = []
+
+    class Kept(Snapshot):
+        def load(self):
+            return kept[-1] if kept else None
+
+        def save(self, state, *, done=False):
+            kept.append({name: tensor.clone() for name, tensor in state().items()})
+
+    def found(snapshot=NOWHERE, **settings):
+        model = tiny_model("llama", dtype=dtype).requires_grad_(False)
+        more = {"pad_id": PAD, "stage": Stages().stage, "unseen": unseen, "snapshot": snapshot}
+        return edit_columns(find_structure(model), HOT_SPOTS, *sides, CONFIG.replace(**settings), **more)
+
+    once, most = found(strength=1.0), found(Kept(), unseen_refused=1.0)
+    assert [one.strength for one in most.tried] == list(LOUDER)
+    assert most.strength == LOUDER[-1]
+    louder = 0
+    for quiet, loud in zip(once.layers, most.layers, strict=True):
+        rows = (quiet.new != loud.new).any(1)
+        if quiet.projection == "down":
+            assert int(rows.sum()) == 1
+            torch.testing.assert_close(loud.new[rows], LOUDER[-1] * quiet.new[rows], rtol=1e-2, atol=1e-6)
+            louder += 1
+        else:
+            assert not rows.any()
+    assert louder == len(HOT_SPOTS)
+    again = found(Kept(), unseen_refused=1.0)
+    assert all(torch.equal(a.new, b.new) for a, b in zip(again.layers, most.layers, strict=True))
 
 
 def test_a_given_strength_is_taken_and_a_bound_leaves_none(sequences) -> None:
