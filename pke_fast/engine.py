@@ -227,31 +227,12 @@ def _reverted_on_failure(patch: Patch, model: Any) -> Iterator[None]:
 def _run(bench: Workbench, job: Job, located: Located) -> Outcome:
     requests, locality, unseen = job.safe(bench, job.edited_on), job.held(bench), job.safe(bench, job.unseen)
     hot_spots = located.hot_spots.by_layer()
+    running: dict[str, Any] = {"pad_id": bench.pad_id, "stage": bench.stages.stage, "pace": bench.pace}
     if bench.config.method == "dinm-parity":
         (layer,) = hot_spots
-        return dinm.edit_one_by_one(
-            bench.structure,
-            layer,
-            requests,
-            locality,
-            bench.config,
-            pad_id=bench.pad_id,
-            stage=bench.stages.stage,
-            pace=bench.pace,
-        )
-    return editing.edit_columns(
-        bench.structure,
-        hot_spots,
-        requests,
-        locality,
-        bench.config,
-        pad_id=bench.pad_id,
-        stage=bench.stages.stage,
-        pace=bench.pace,
-        ranks=bench.ranks,
-        snapshot=bench.resume.part("edit"),
-        unseen=unseen,
-    )
+        return dinm.edit_one_by_one(bench.structure, layer, requests, locality, bench.config, **running)
+    more: dict[str, Any] = {"ranks": bench.ranks, "snapshot": bench.resume.part("edit"), "unseen": unseen}
+    return editing.edit_columns(bench.structure, hot_spots, requests, locality, bench.config, **running, **more)
 
 
 def locate(

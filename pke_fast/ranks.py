@@ -16,7 +16,7 @@ from pke_fast.errors import InputError, PKEError
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=7)  # while the first rank measures alone; one that ends is noticed at once
+PATIENCE = timedelta(days=7)  # while the first rank measures alone; gloo notices at once when one ends
 
 
 @dataclass(frozen=True)

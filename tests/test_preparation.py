@@ -168,7 +168,6 @@ def test_what_is_held_out_is_not_edited_on_though_it_ships(quick):
         held = [request.prompt for request in every.companions[:40] if not unframed(request.prompt)[1]]
         apart = prepare(bench, REQUESTS, None, held)
         seen = {unframed(request.prompt)[0] for request in apart.edited_on}
-        assert set(held) <= {unframed(request.prompt)[0] for request in every.edited_on}
         assert not set(held) & seen
         assert len(held) > 10
         foreseen = lengths(bench.encoder, config, REQUESTS, None, held)[0]

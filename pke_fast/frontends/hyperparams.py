@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pke_fast.config import MOST_LR, WITHOUT_DETECTORS, PKEConfig
+from pke_fast.detectors import wanted
 from pke_fast.errors import InputError
 
 ALGORITHMS = ("DINM", "PKE")
@@ -156,9 +157,10 @@ def config_of(hparams: Any, method: str, requests: int, layers: list[int]) -> PK
     if layers:
         settings["window"] = (min(layers), max(layers) + 1)
     settings |= getattr(hparams, "settings", {})
-    if method == "pke" and "gate" not in settings["projections"]:
-        settings.setdefault("first_token_weight", WITHOUT_DETECTORS)
-    return PKEConfig.preset(method).replace(**settings)
+    config = PKEConfig.preset(method).replace(**settings)
+    if method == "pke" and "first_token_weight" not in settings and not wanted(config):
+        return config.replace(first_token_weight=WITHOUT_DETECTORS)
+    return config
 
 
 def _has_default(item: dataclasses.Field[Any]) -> bool:
