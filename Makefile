@@ -28,6 +28,8 @@ export PYTHON VENV TORCH TRANSFORMERS TRITON MODEL
 
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
+# A process a core, each with one thread; at most 4, since some tests hold a model of half a GiB.
+IN_PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
 NATIVE := $(wildcard csrc/*)
 
 .PHONY: help demo test check lint sanitize bench precision gpu offload targets wheels clean
@@ -51,10 +53,10 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m pke_fast demo --out pke-demo --force --set shipped_pairs=640 --set batch_size=16 $(ARGS)
 
 test: $(VENV)/.installed
-	$(PYTEST) -m "not slow and not gpu" $(ARGS)
+	$(PYTEST) $(IN_PARALLEL) -m "not slow and not gpu" $(ARGS)
 
 check: lint sanitize
-	$(PYTEST) -m "slow and not gpu" $(ARGS)
+	$(PYTEST) $(IN_PARALLEL) -m "slow and not gpu" $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check
