@@ -12,14 +12,14 @@ from pke_fast.intervals import wilson
 FIRST_TOKEN = "the refusal's first token"  # the judge, where no answers were made
 
 
-def before_after_png(evaluation: Mapping[str, Any]) -> bytes | None:
+def before_after_png(evaluation: Mapping[str, Any], *, dark: bool = False) -> bytes | None:
     """A scatter of `before` and `after`, each as in eval.json; None where one lacks rates or their intervals."""
     runs = [Run(when, evaluation[when], ()) for when in ("before", "after")]
     known = all((run.figures.get(part) or {}).get("intervals") for run in runs for part in ("harmful", "benign"))
-    return scatter_png(runs) if known else None
+    return scatter_png(runs, dark=dark) if known else None
 
 
-def strengths_png(tried: Sequence[Mapping[str, Any]], taken: float) -> bytes | None:
+def strengths_png(tried: Sequence[Mapping[str, Any]], taken: float, *, dark: bool = False) -> bytes | None:
     """A scatter of strengths, each as `pke_fast.strength.Tried` has it; None where no harmless prompts were held."""
     runs = []
     for one in (one for one in tried if one["held"]):
@@ -29,7 +29,7 @@ def strengths_png(tried: Sequence[Mapping[str, Any]], taken: float) -> bytes | N
         }
         name = f"{one['strength']:g}{', taken' if one['strength'] == taken else ''}"
         runs.append(Run(name, figures, ()))
-    return scatter_png(runs) if runs else None
+    return scatter_png(runs, dark=dark) if runs else None
 
 
 def _rate(key: str, count: int, n: int) -> dict[str, Any]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import FuncNorm, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch as Swatch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from pke_fast.drawing import DARK, DPI, LIGHT, Palette, plain_axes, png_of
 from pke_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,33 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_COLUMNS = 512  # about two and a half pixels a column at the picture's width
-_DPI = 150
 _WIDTH = 9.6  # inches, which the report shows about 970 pixels wide
 _ROBUST = 99.5  # percentile of the absolute scores at which the colours saturate
-
-
-@dataclass(frozen=True)
-class _Palette:
-    paper: str
-    ink: str
-    muted: str
-    line: str
-    unscored: str
-    negative: tuple[str, str]
-    zero: str
-    positive: tuple[str, str]
-    mark: str
-
-
-# The same colours as the style sheet of report.html.j2.
-_LIGHT = _Palette(
-    "#ffffff", "#20252b", "#68707a", "#d9dcdf", "#e3e5e7", ("#7a5c2e", "#cfc0a4"), "#fafaf8", ("#9ccdc6", "#0b4f49"),
-    "#d9480f",
-)  # fmt: skip
-_DARK = _Palette(
-    "#1b1f24", "#e4e6e9", "#9aa3ad", "#363d45", "#2b3036", ("#d2b483", "#6b5a3c"), "#15181c", ("#256b64", "#a4e8de"),
-    "#ff8a4c",
-)  # fmt: skip
 
 
 def heatmap_png(
@@ -79,12 +52,12 @@ def heatmap_png(
     layers, neurons = scores.shape
     binned, edges = _binned(scores)
     marks = _marks(hot_spots, layers, neurons, edges)
-    palette = _DARK if dark else _LIGHT
+    palette = DARK if dark else LIGHT
 
     body = min(max(0.15 * layers, 1.7), 8.0)  # inches
     top, bottom = 0.5, 1.3
     width, height = _WIDTH, body + top + bottom
-    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor=palette.paper)
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor=palette.paper)
 
     def place(left: float, low: float, wide: float, high: float) -> Axes:
         return figure.add_axes((left / width, low / height, wide / width, high / height), facecolor=palette.paper)
@@ -102,7 +75,7 @@ def heatmap_png(
     heat.set_title(f"Score of each neuron; {total:,} hot spots", loc="left", fontsize=11, color=palette.ink, pad=9)
     counts.set_title("Hot spots by layer", loc="left", fontsize=9.5, color=palette.ink, pad=9)
     _legend(figure, window, total > 0, bool(np.isnan(scores).any()), palette)
-    return _png(figure)
+    return png_of(figure)
 
 
 def learning_curve_png(steps: Sequence[Mapping[str, Any]], stopped: str | None = None, *, dark: bool = False) -> bytes:
@@ -116,8 +89,8 @@ def learning_curve_png(steps: Sequence[Mapping[str, Any]], stopped: str | None =
     Returns:
         A PNG file; the same input gives the same bytes.
     """
-    palette = _DARK if dark else _LIGHT
-    figure = Figure(figsize=(_WIDTH, 3.1), dpi=_DPI, facecolor=palette.paper)
+    palette = DARK if dark else LIGHT
+    figure = Figure(figsize=(_WIDTH, 3.1), dpi=DPI, facecolor=palette.paper)
     at = [int(step["step"]) for step in steps]
     panels = (("edit", "Loss of the safe answers", palette.positive[1]),
               ("kl", "KL from what the steps hold, on harmless prompts", palette.negative[0]))  # fmt: skip
@@ -140,14 +113,14 @@ def learning_curve_png(steps: Sequence[Mapping[str, Any]], stopped: str | None =
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axes.grid(axis="y", color=palette.line, linewidth=0.6)
         axes.margins(x=0.03, y=0.12)
-        _plain_axes(axes, palette)
+        plain_axes(axes, palette)
         if stopped and at:
             axes.axvline(at[-1], color=palette.mark, linewidth=1, linestyle=(0, (4, 3)))
             axes.annotate(
                 f"stopped after step {at[-1]}", (at[-1], 1), xycoords=("data", "axes fraction"), xytext=(-5, -3),
                 textcoords="offset points", ha="right", va="top", fontsize=8.5, color=palette.mark,
             )  # fmt: skip
-    return _png(figure)
+    return png_of(figure)
 
 
 def highest_by_layer(
@@ -204,7 +177,7 @@ def _marks(
     return (column + 0.5) * neurons / len(edges), at[:, 0]
 
 
-def _draw_heat(axes: Axes, bar: Axes, binned: NDArray[np.float64], neurons: int, palette: _Palette) -> None:
+def _draw_heat(axes: Axes, bar: Axes, binned: NDArray[np.float64], neurons: int, palette: Palette) -> None:
     finite = binned[np.isfinite(binned)]
     high = float(np.percentile(np.abs(finite), _ROBUST)) if len(finite) else 1.0
     high = high or float(np.abs(finite).max()) or 1.0
@@ -224,7 +197,7 @@ def _draw_heat(axes: Axes, bar: Axes, binned: NDArray[np.float64], neurons: int,
     )
     axes.set_ylabel("layer")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(12, max(2, len(binned)))))
-    _plain_axes(axes, palette)
+    plain_axes(axes, palette)
     if not len(finite):
         bar.set_axis_off()
         return
@@ -237,7 +210,7 @@ def _draw_heat(axes: Axes, bar: Axes, binned: NDArray[np.float64], neurons: int,
     bar.set_title("score (square-root scale)", loc="left", fontsize=8.5, color=palette.muted, pad=3)
 
 
-def _draw_counts(axes: Axes, hot_spots: Mapping[int, Sequence[int]], layers: int, palette: _Palette) -> None:
+def _draw_counts(axes: Axes, hot_spots: Mapping[int, Sequence[int]], layers: int, palette: Palette) -> None:
     counts = [len(hot_spots.get(layer, ())) for layer in range(layers)]
     most = max(counts) or 1
     axes.barh(range(layers), counts, height=0.72, color=palette.mark, linewidth=0)
@@ -249,10 +222,10 @@ def _draw_counts(axes: Axes, hot_spots: Mapping[int, Sequence[int]], layers: int
     axes.set_xlabel("neurons")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=3))
     axes.set_yticks([])
-    _plain_axes(axes, palette)
+    plain_axes(axes, palette)
 
 
-def _legend(figure: Figure, window: Sequence[int], marked: bool, unscored: bool, palette: _Palette) -> None:
+def _legend(figure: Figure, window: Sequence[int], marked: bool, unscored: bool, palette: Palette) -> None:
     handles: list[Line2D | Swatch] = []
     if marked:
         handles.append(Line2D([], [], color=palette.mark, marker="o", markersize=4, linewidth=0, label="hot spot"))
@@ -264,18 +237,3 @@ def _legend(figure: Figure, window: Sequence[int], marked: bool, unscored: bool,
         handles=handles, loc="lower right", bbox_to_anchor=(0.985, 0.1 / figure.get_figheight()), ncols=len(handles),
         frameon=False, fontsize=8.5, labelcolor=palette.muted, handlelength=1.8, columnspacing=1.6,
     )  # fmt: skip
-
-
-def _plain_axes(axes: Axes, palette: _Palette) -> None:
-    axes.tick_params(which="both", colors=palette.muted, labelsize=8.5, length=3, width=0.6)
-    axes.xaxis.label.set(color=palette.muted, fontsize=9)
-    axes.yaxis.label.set(color=palette.muted, fontsize=9)
-    for side, spine in axes.spines.items():
-        spine.set(visible=side in ("left", "bottom"), color=palette.line, linewidth=0.8)
-
-
-def _png(figure: Figure) -> bytes:
-    FigureCanvasAgg(figure)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", facecolor=figure.get_facecolor(), metadata={"Software": None})
-    return out.getvalue()

@@ -151,31 +151,25 @@ def _figures(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return found
 
 
-def _pictures(report: Mapping[str, Any], score_map: Tensor | None) -> dict[str, tuple[str, ...]]:
-    """Pictures by name, each as data URIs for a light and for a dark page, or as one for both."""
+def _pictures(report: Mapping[str, Any], score_map: Tensor | None) -> dict[str, tuple[str, str]]:
+    """Pictures by name, each as data URIs for a light and for a dark page."""
     from pke_fast.fronts import before_after_png, strengths_png
     from pke_fast.heatmap import heatmap_png, highest_by_layer, learning_curve_png
 
-    found: dict[str, tuple[str, ...]] = {}
+    draw: dict[str, Callable[[bool], bytes | None]] = {}
     hot, losses = report["hot_spots"], report.get("losses") or {}
     if score_map is not None:
         counts = {int(layer): int(count) for layer, count in hot["by_layer"].items()}
         spots = highest_by_layer(score_map, counts, report["settings"].get("exclude") or ())
-        found["heatmap"] = _both(lambda dark: heatmap_png(score_map, hot["window"], spots, dark=dark))
-    if losses.get("steps"):
-        steps, why = losses["steps"], losses.get("stopped")
-        found["curve"] = _both(lambda dark: learning_curve_png(steps, why, dark=dark))
-    data = report.get("evaluation")
-    tried = losses.get("tried") or []
-    fronts = {
-        "front": before_after_png(data) if data else None,
-        "strengths": strengths_png(tried, losses["strength"]) if tried else None,
-    }
-    return found | {name: (_uri(png),) for name, png in fronts.items() if png is not None}
-
-
-def _both(draw: Callable[[bool], bytes]) -> tuple[str, str]:
-    return _uri(draw(False)), _uri(draw(True))
+        draw["heatmap"] = lambda dark: heatmap_png(score_map, hot["window"], spots, dark=dark)
+    if steps := losses.get("steps"):
+        draw["curve"] = lambda dark: learning_curve_png(steps, losses.get("stopped"), dark=dark)
+    if data := report.get("evaluation"):
+        draw["front"] = lambda dark: before_after_png(data, dark=dark)
+    if tried := losses.get("tried"):
+        draw["strengths"] = lambda dark: strengths_png(tried, losses["strength"], dark=dark)
+    drawn = {name: (make(False), make(True)) for name, make in draw.items()}
+    return {name: (_uri(light), _uri(dark)) for name, (light, dark) in drawn.items() if light and dark}
 
 
 def _uri(png: bytes) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
+from matplotlib.colors import to_hex
+from matplotlib.image import imread
 
 from pke_fast import fronts
 from pke_fast.evaluating.comparing import Run
@@ -18,9 +21,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
     found: list[Run] = []
     scatter = fronts.scatter_png
 
-    def kept(runs: list[Run]) -> bytes | None:
+    def kept(runs: list[Run], *, dark: bool = False) -> bytes | None:
         found.extend(runs)
-        return scatter(runs)
+        return scatter(runs, dark=dark)
 
     monkeypatch.setattr(fronts, "scatter_png", kept)
     return found
@@ -40,6 +43,13 @@ def test_a_strength_is_a_point_of_both_sides(drawn: list[Run]) -> None:
     assert harmful["intervals"]["asr"][FIRST_TOKEN] == list(wilson(5, 20))
     assert benign["refusal_rate"] == {FIRST_TOKEN: 3 / 40}
     assert benign["intervals"]["refusal_rate"][FIRST_TOKEN] == list(wilson(3, 40))
+
+
+@pytest.mark.parametrize(("dark", "paper"), [(False, "#ffffff"), (True, "#1b1f24")])
+def test_paper_is_that_of_the_page(dark: bool, paper: str) -> None:
+    picture = imread(io.BytesIO(strengths_png([tried(1.0, 8, 0)], 1.0, dark=dark) or b""))
+    assert to_hex(picture[0, 0]) == paper  # around the axes
+    assert to_hex(picture[150, 600]) == paper  # within them
 
 
 def test_without_harmless_prompts_no_strength_is_drawn() -> None:

@@ -147,7 +147,7 @@ def test_page_needs_nothing_from_outside(tmp_path: Path, report: dict[str, Any],
     tags = Tags(page)
     links = tags.links()
     outside = [link for link in links if not link.startswith("data:image/png;base64,")]
-    assert len(links) - len(outside) == 5  # two pictures for light and dark, and a scatter for both
+    assert len(links) - len(outside) == 6  # three pictures, each for light and dark
     assert outside
     assert all(link.startswith("https://arxiv.org/abs/") for link in outside)
     names = {tag for tag, _ in tags.found}

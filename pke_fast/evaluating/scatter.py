@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 
 from pke_fast.errors import InputError
@@ -45,11 +44,12 @@ def _rates(run: Run, part: str, key: str) -> Mapping[str, float]:
     return (run.figures.get(part) or {}).get(key) or {}
 
 
-def scatter_png(runs: Sequence[Run], judge: str | None = None) -> bytes | None:
+def scatter_png(runs: Sequence[Run], judge: str | None = None, *, dark: bool = False) -> bytes | None:
     """A scatter of runs; down and left is better.
 
     Args:
         judge: by whom, as `axis_judges` has it.
+        dark: colours for a dark page.
 
     Returns:
         A PNG file; the same input gives the same bytes. None where an axis has no judge.
@@ -60,11 +60,13 @@ def scatter_png(runs: Sequence[Run], judge: str | None = None) -> bytes | None:
     judges = axis_judges(runs, judge)
     if judges is None:
         return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 5.4), dpi=150, facecolor="#ffffff", layout="constrained")
-    axes = figure.add_subplot()
+    from pke_fast.drawing import DARK, DPI, LIGHT, plain_axes, png_of
+
+    palette = DARK if dark else LIGHT
+    figure = Figure(figsize=(7.2, 5.4), dpi=DPI, facecolor=palette.paper, layout="constrained")
+    axes = figure.add_subplot(facecolor=palette.paper)
     for index, run in enumerate(runs):
         point, errors = [], []
         for (part, key), name in zip(_AXES, judges, strict=True):
@@ -84,15 +86,12 @@ def scatter_png(runs: Sequence[Run], judge: str | None = None) -> bytes | None:
             label=run.name,
         )
         axes.annotate(
-            run.name, (point[0], point[1]), xytext=(6, 5), textcoords="offset points", fontsize=9, color="#20252b"
+            run.name, (point[0], point[1]), xytext=(6, 5), textcoords="offset points", fontsize=9, color=palette.ink
         )
     axes.set_xlabel(f"harmless prompts refused, % (judge {judges[0]}, 95 % intervals)")
     axes.set_ylabel(f"attack success rate, % (judge {judges[1]})")
     axes.set_xlim(left=-2)
     axes.set_ylim(-2, 102)
-    axes.grid(color="#d9dcdf", linewidth=0.6)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    canvas, buffer = FigureCanvasAgg(figure), io.BytesIO()
-    canvas.print_png(buffer, metadata={"Software": None})
-    return buffer.getvalue()
+    axes.grid(color=palette.line, linewidth=0.6)
+    plain_axes(axes, palette)
+    return png_of(figure)
