@@ -118,7 +118,7 @@ def column_grad_norm_cases(sizes: Sizes, dtype: torch.dtype) -> Iterator[Case]:
             dtype,
             make,
             {
-                OURS: lambda *inputs: (torch.ops.pke_fast.column_grad_norm(*inputs),),
+                OURS: lambda *inputs, each=each: (torch.ops.pke_fast.column_grad_norm(*inputs, each),),
                 EAGER: eager,
                 COMPILE: torch.compile(eager, dynamic=False),
             },

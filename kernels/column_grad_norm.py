@@ -21,7 +21,7 @@ def gram_is_cheaper(tokens: int, hidden: int, neurons: int) -> bool:
     return tokens * (hidden + neurons) < hidden * neurons
 
 
-def check_arguments(grad_out: Tensor, h: Tensor, offsets: Tensor) -> None:
+def check_arguments(grad_out: Tensor, h: Tensor, offsets: Tensor, longest: int | None) -> None:
     """Raises InputError unless the arguments are as `reference` describes them, each fp32, bf16 or fp16.
 
     Offsets' values are not looked at: they may lie on a GPU.
@@ -32,16 +32,18 @@ def check_arguments(grad_out: Tensor, h: Tensor, offsets: Tensor) -> None:
     for name, tensor in (("grad_out", grad_out), ("h", h)):
         require(tensor.dtype in FLOATS, OP, name, "fp32, bf16 or fp16", tensor.dtype)
     require_offsets(OP, offsets)
+    require(longest is None or longest >= 0, OP, "longest", "0 or more tokens", longest)
     same_device(OP, grad_out=grad_out, h=h, offsets=offsets)
 
 
-def reference(grad_out: Tensor, h: Tensor, offsets: Tensor) -> Tensor:
+def reference(grad_out: Tensor, h: Tensor, offsets: Tensor, longest: int | None = None) -> Tensor:
     """Norms ||G_r^T h_i||_2 for every request r and neuron i.
 
     Args:
         grad_out: G = dL/d(down projection's output) [T, d], any float dtype.
         h: the down projection's input [T, D].
         offsets: int64 [R + 1]; request r owns the tokens offsets[r] .. offsets[r + 1].
+        longest: no request has more tokens, so that a GPU needs no scratch for longer ones; None: T.
 
     Returns:
         fp32 [R, D]; 0 for an empty request.

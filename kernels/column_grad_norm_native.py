@@ -14,14 +14,14 @@ from pke_fast.native import dtype_of, library
 BLOCK_ELEMENTS = 1 << 20  # of an intermediate, fp32: 4 MiB, which stay in the caches
 
 
-def column_grad_norm(grad_out: Tensor, h: Tensor, offsets: Tensor) -> Tensor:
+def column_grad_norm(grad_out: Tensor, h: Tensor, offsets: Tensor, longest: int | None = None) -> Tensor:
     """As `reference`, for tensors in CPU memory.
 
     Raises:
         InputError: an argument is not as `reference` describes it, not fp32, bf16 or fp16, or not on the CPU.
         PKEError: the compiled part is missing.
     """
-    check_arguments(grad_out, h, offsets)
+    check_arguments(grad_out, h, offsets, longest)
     require(h.device.type == "cpu", OP, "h for the C++ form", "a CPU tensor", h.device)
     bounds = spans_within(OP, offsets, len(h))
     grad_out, h = grad_out.detach(), with_dense_rows(h.detach())

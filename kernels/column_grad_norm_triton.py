@@ -74,30 +74,32 @@ def parts(tokens: int, requests: int, hidden: int, block: Blocks) -> int:
     return max(1, min(MOST_PARTS, triton.cdiv(ENOUGH, programs), steps // 4))
 
 
-def column_grad_norm(grad_out: Tensor, h: Tensor, offsets: Tensor) -> Tensor:
-    """`column_grad_norm.reference`; offsets are taken to ascend within 0 .. T, their values aren't checked.
+def column_grad_norm(grad_out: Tensor, h: Tensor, offsets: Tensor, longest: int | None = None) -> Tensor:
+    """`column_grad_norm.reference`; offsets are taken to ascend within 0 .. T, by `longest` at most; nobody checks.
 
-    Scratch: fp32 [T, min(T, limit)] for K, up to 16 times that where it is small; fp32 [partials, D].
+    Scratch: fp32 [T, min(longest, limit)] for K, and up to 16 times that, but no more than h takes, where K's sums are
+    split; fp32 [partials, D].
 
     Raises:
         InputError: a rank, shape, dtype or device is wrong.
     """
-    check_arguments(grad_out, h, offsets)
+    check_arguments(grad_out, h, offsets, longest)
     if grad_out.dtype != h.dtype:
         grad_out, h = grad_out.float(), h.float()
     grad_out, h, offsets = with_dense_rows(grad_out), with_dense_rows(h), offsets.contiguous()
     (tokens, hidden), neurons, requests = grad_out.shape, h.shape[1], len(offsets) - 1
     norms = torch.empty(requests, neurons, dtype=torch.float32, device=h.device)
-    if norms.numel() == 0 or grad_out.numel() == 0:
+    longest = tokens if longest is None else min(tokens, longest)
+    if norms.numel() == 0 or grad_out.numel() == 0 or longest == 0:
         return norms.zero_()
     limit = gram_limit(hidden, neurons)
     block = blocks(tokens, requests, hidden, neurons, h.dtype)
     slots = tile_slots(tokens, requests, block.tokens) if limit else 0
-    long_slots = tokens // (limit + 1)
+    long_slots = tokens // (limit + 1) if longest > limit else 0
     hidden_blocks = triton.cdiv(hidden, block.square)
     partials = torch.empty(slots + long_slots * hidden_blocks, neurons, dtype=torch.float32, device=h.device)
     if limit:
-        _by_gram(grad_out, h, offsets, partials, norms, limit, slots, block)
+        _by_gram(grad_out, h, offsets, partials, norms, limit, min(limit, longest), slots, block)
     if long_slots:
         column_grad_norm_direct_kernel[(long_slots * hidden_blocks * triton.cdiv(neurons, block.square),)](
             grad_out,
@@ -121,7 +123,7 @@ def column_grad_norm(grad_out: Tensor, h: Tensor, offsets: Tensor) -> Tensor:
             num_warps=8 if block.square == 128 else 4,
             num_stages=block.stages,
         )
-    if long_slots or tokens > block.tokens:
+    if long_slots or longest > block.tokens:
         rows, width = sum_blocks(requests, neurons)
         column_grad_norm_root_kernel[(requests, triton.cdiv(neurons, width))](
             offsets,
@@ -143,16 +145,25 @@ def column_grad_norm(grad_out: Tensor, h: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _by_gram(
-    grad: Tensor, h: Tensor, offsets: Tensor, partials: Tensor, norms: Tensor, limit: int, slots: int, block: Blocks
+    grad: Tensor,
+    h: Tensor,
+    offsets: Tensor,
+    partials: Tensor,
+    norms: Tensor,
+    limit: int,
+    longest: int,
+    slots: int,
+    block: Blocks,
 ) -> None:
-    """The norms of the requests of at most `limit` tokens, or their tiles' partials."""
+    """The norms of the requests of at most `limit` tokens, or their tiles' partials; these have `longest` at most."""
     (tokens, hidden), (requests, neurons) = grad.shape, norms.shape
     split = h.dtype == torch.bfloat16
-    others = triton.cdiv(min(tokens, limit), block.tokens)  # blocks in a row of K
+    others = triton.cdiv(longest, block.tokens)  # blocks in a row of K
     width = others * block.tokens
     gram = torch.empty(tokens, width, dtype=torch.bfloat16 if split else torch.float32, device=h.device)
     gram_low = torch.empty_like(gram) if split else gram
-    several = parts(tokens, requests, hidden, block)
+    room = h.nbytes // (4 * tokens * width)  # the peak of a layer's way back has room for one more tensor like h
+    several = max(1, min(parts(tokens, requests, hidden, block), room))
     sums = gram if several == 1 else torch.empty(several, tokens, width, dtype=torch.float32, device=h.device)
     where = {"BT": block.tokens, "BR": searched(requests)}
     column_grad_norm_gram_kernel[(slots * others * several,)](

@@ -38,11 +38,11 @@ class Batch:
     owners: Tensor
     nth: Tensor
 
-    def group_offsets(self) -> Tensor:
-        """Where each group's tokens begin in the flattened [B * T]: int64 [groups + 1]."""
+    def group_offsets(self) -> list[int]:
+        """Where each group's tokens begin in the flattened [B * T], and where the last one's end."""
         length = self.input_ids.shape[1]
         starts = [i for i, g in enumerate(self.groups) if i == 0 or g != self.groups[i - 1]]
-        return torch.tensor([*starts, len(self.groups)]) * length
+        return [row * length for row in (*starts, len(self.groups))]
 
     def answer_weights(
         self, first_token_weight: float = 1.0, sign: Tensor | None = None, prompt_weight: float = 0.0

@@ -79,8 +79,8 @@ OPS: dict[str, Op] = {
         _forms("glu_score", "bwd", "native", "triton"),
     ),
     "column_grad_norm": Op(
-        "(Tensor grad_out, Tensor h, Tensor offsets) -> Tensor",
-        lambda grad_out, h, offsets: h.new_empty(offsets.shape[0] - 1, h.shape[1], dtype=torch.float32),
+        "(Tensor grad_out, Tensor h, Tensor offsets, int? longest=None) -> Tensor",
+        lambda grad_out, h, offsets, longest=None: h.new_empty(offsets.shape[0] - 1, h.shape[1], dtype=torch.float32),
         {
             "reference": "column_grad_norm:reference",
             "native": "column_grad_norm_native:column_grad_norm",

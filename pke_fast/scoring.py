@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -175,7 +176,8 @@ def score_batch(
     else:
         tape = record_whole(structure, batch, rest, first, beginning)
     sums = torch.zeros(3, len(structure.layers), structure.neurons, device=structure.device)
-    offsets = batch.group_offsets()
+    starts = batch.group_offsets()
+    offsets, longest = torch.tensor(starts), max(b - a for a, b in pairwise(starts))
     counted = tape.batch.attention_mask.flatten().bool()
     weights = tape.batch.answer_weights(sign=signs.to(structure.device))
     shared: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
@@ -190,7 +192,7 @@ def score_batch(
             if at != into.device:
                 into = torch.zeros(into.shape, device=at)
                 elsewhere.append((layer, into))
-            stack.enter_context(_scored(structure.mlps[layer], _Sums(*shared[at], into)))
+            stack.enter_context(_scored(structure.mlps[layer], _Sums(*shared[at], into, longest)))
         tape.there_and_back(lambda hidden: answer_loss(structure, hidden, tape.batch, weights), kept)
     for layer, into in elsewhere:
         sums[:, layer] = into
@@ -227,6 +229,7 @@ class _Sums:
         counted: bool [B * T], False for padding.
         anchor: a scalar that needs a gradient: the lowest layer's h depends on nothing else that does.
         into: fp32 [3, D]: weight changes, paths, activations.
+        longest: the most tokens of a request.
         grad_out: on the way back, the gradient at the down projection's output, until h's is there too.
     """
 
@@ -234,12 +237,13 @@ class _Sums:
     counted: Tensor
     anchor: Tensor
     into: Tensor
+    longest: int
     grad_out: Tensor | None = None
 
     def add_weight_change(self, h: Tensor) -> None:
         """Adds the column's gradient norms, from h [B * T, D] and the gradient that waits; it is let go."""
         assert self.grad_out is not None
-        norms = torch.ops.pke_fast.column_grad_norm(self.grad_out.flatten(0, -2), h, self.offsets)
+        norms = torch.ops.pke_fast.column_grad_norm(self.grad_out.flatten(0, -2), h, self.offsets, self.longest)
         self.into[0].add_(norms.sum(0))
         self.grad_out = None
 

@@ -103,7 +103,8 @@ def column_grad_norm_calls() -> Iterator[Call]:
             continue
         main = model is LLAMA_8B and dtype != FP16 and tokens > 1 and (requests == 1 or dtype == BF16)
         inputs = (empty(tokens, model.hidden, dtype=dtype), empty(tokens, model.neurons, dtype=dtype))
-        yield Call("column_grad_norm", main, (*inputs, empty(requests + 1, dtype=torch.int64)), model is ODD)
+        offsets = empty(requests + 1, dtype=torch.int64)
+        yield Call("column_grad_norm", main, (*inputs, offsets, tokens // requests), model is ODD)
 
 
 def sparse_column_calls() -> Iterator[Call]:

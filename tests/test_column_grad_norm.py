@@ -31,11 +31,11 @@ def plain(grad: Tensor, h: Tensor, offsets: list[int]) -> Tensor:
     return torch.stack(norms) if norms else h.new_zeros(0, h.shape[1])
 
 
-def run(form, grad: Tensor, h: Tensor, offsets: list[int]) -> Tensor:
+def run(form, grad: Tensor, h: Tensor, offsets: list[int], longest: int | None = None) -> Tensor:
     inputs = (grad.to(form.device), h.to(form.device), torch.tensor(offsets, device=form.device))
     before = [x.clone() for x in inputs]
     with poisoned_memory():
-        norms = torch.ops.pke_fast.column_grad_norm(*inputs)
+        norms = torch.ops.pke_fast.column_grad_norm(*inputs, longest)
     assert all(unchanged(x, old) for x, old in zip(inputs, before, strict=True))
     assert norms.dtype == torch.float32
     return norms.cpu()
@@ -44,7 +44,8 @@ def run(form, grad: Tensor, h: Tensor, offsets: list[int]) -> Tensor:
 def check(form, tokens: int, hidden: int, neurons: int, offsets: list[int], dtype: torch.dtype) -> None:
     grad, h = normal(tokens, hidden, dtype=dtype), normal(tokens, neurons, seed=1, dtype=dtype)
     truth = plain(grad.double(), h.double(), offsets)
-    assert_as_accurate(run(form, grad, h, offsets), plain(grad, h, offsets), truth)
+    for longest in (None, max((b - a for a, b in pairwise(offsets)), default=0)):
+        assert_as_accurate(run(form, grad, h, offsets, longest), plain(grad, h, offsets), truth)
 
 
 @pytest.mark.parametrize("tokens", [2, 63])  # T = 2 takes the Gram form at these sizes, 63 the direct one
@@ -151,6 +152,7 @@ def test_native_is_independent_of_the_thread_count(monkeypatch) -> None:
         ({"h": torch.zeros(4, 5, dtype=torch.float64)}, "fp32, bf16 or fp16"),
         ({"h": torch.zeros(4)}, "h"),
         ({"offsets": torch.tensor([0, 4], dtype=torch.int32)}, "offsets"),
+        ({"longest": -1}, "longest"),
     ],
 )
 def test_bad_arguments(backend, change, message) -> None:
@@ -160,6 +162,26 @@ def test_bad_arguments(backend, change, message) -> None:
     usual = {"grad_out": torch.zeros(4, 6), "h": torch.zeros(4, 5), "offsets": torch.tensor([0, 4])}
     with using(backend), pytest.raises(InputError, match=message):
         torch.ops.pke_fast.column_grad_norm(*{**usual, **change}.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels are compiled for the GPU here")
+def test_triton_takes_scratch_for_the_longest_request_alone(monkeypatch) -> None:
+    """K is as wide as that, and its split sums take no more than h does."""
+    made: list[int] = []
+    empty = torch.empty
+
+    def counted(*shape: int, **more: object) -> Tensor:
+        made.append((out := empty(*shape, **more)).nbytes)
+        return out
+
+    grad, h, offsets = normal(320, 400), normal(320, 300), torch.arange(0, 321, 16)
+    with using("triton"):
+        torch.ops.pke_fast.column_grad_norm(grad, h, offsets)
+        monkeypatch.setattr(torch, "empty", counted)
+        torch.ops.pke_fast.column_grad_norm(grad, h, offsets, 16)
+    _norms, _partials, gram, *sums = made
+    assert gram == 320 * 16 * 4
+    assert sum(sums) <= h.nbytes
 
 
 def test_native_refuses_offsets_that_lead_elsewhere() -> None:
