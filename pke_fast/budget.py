@@ -32,7 +32,9 @@ def free_bytes(device: str) -> int | None:
     if device.startswith("cuda"):
         import torch
 
-        return int(SHARE * torch.cuda.mem_get_info(device)[0])
+        # What torch keeps for later use is this process's own, and torch gives it back before memory runs out.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(SHARE * (torch.cuda.mem_get_info(device)[0] + kept))
     groups = [_left(Path(root, group), *names) for root, *names in _LIMITS for group in _own_groups()]
     free = [value for value in (_available(), *groups) if value is not None]
     return int(SHARE * min(free)) // ranks_here() if free else None

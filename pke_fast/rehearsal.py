@@ -174,9 +174,19 @@ def twin_of(model: Any, dtype: torch.dtype) -> Twin:
 
 
 def twin_of_config(config: Any, dtype: torch.dtype) -> Twin:
-    """The twin of the causal language model that a configuration of transformers is of, made once."""
+    """The twin of the causal language model that a configuration of transformers is of, made once.
+
+    Raises:
+        NotRehearsed: transformers has no such model; or as `Twin`.
+    """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise NotRehearsed(
+            f"no plan can be made for {type(config).__name__}",
+            expected="the configuration of a causal language model of transformers",
+            do="leave --memory-budget out, and set micro_batch_tokens",
+        )
     return _kept(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, dtype)
 
 

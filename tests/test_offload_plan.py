@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,17 +14,17 @@ from transformers import AutoModelForCausalLM
 import pke_fast
 import pke_fast.cli.commands  # here, so that what `pretended` replaces is there to be put back
 import pke_fast.cli.planning
-from pke_fast import engine, planning
+from pke_fast import engine, loading, planning
 from pke_fast import workbench as workbenches
 from pke_fast.budget import parse_bytes
-from pke_fast.cli import main
+from pke_fast.cli import commands, main
 from pke_fast.config import PKEConfig
 from pke_fast.errors import InputError
 from pke_fast.pace import LEAST_TOKENS
 from pke_fast.plan import Load, Residence
 from pke_fast.planner import Planner
 from pke_fast.planning import Room, plan_loaded, waits_on_host
-from pke_fast.rehearsal import twin_of
+from pke_fast.rehearsal import NotRehearsed, twin_of
 from pke_fast.requests import EditRequest, Pair
 from pke_fast.staging import StagedLayer, staging_bytes
 from pke_fast.structure import find_structure
@@ -233,6 +234,17 @@ def test_which_models_wait_with_the_host(monkeypatch):
     assert not waits_on_host("cuda:0", 700, None)
     assert waits_on_host("cuda:0", 1, 2000)
     assert planning.offloading() == Residence(offloads=True, pinnable=500)
+
+
+def test_a_model_of_unknown_size_is_loaded_on_the_card(monkeypatch):
+    """Nobody can plan for it; a budget couldn't be kept, and is refused."""
+    outline = SimpleNamespace(config=object(), dtype=torch.bfloat16)
+    monkeypatch.setattr(loading, "load_outline", lambda *_: outline)
+    monkeypatch.setattr(commands, "_load", lambda _options: "loaded")
+    options, conditions = SimpleNamespace(model="m", dtype="bf16"), {"device": "cuda:0", "memory_budget": None}
+    assert commands._load_for(conditions, options) == "loaded"
+    with pytest.raises(NotRehearsed, match="no plan can be made for object"):
+        commands._load_for(conditions | {"memory_budget": 2**30}, options)
 
 
 def test_rates_are_measured():

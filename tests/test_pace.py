@@ -249,6 +249,9 @@ def test_what_says_that_memory_ran_out():
     assert is_out_of_memory(told.value)
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(torch.cuda.OutOfMemoryError("CUDA out of memory."))
+    for words in ("CUDA error: out of memory", "Triton Error [CUDA]: out of memory"):
+        assert is_out_of_memory(RuntimeError(words))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access"))
     assert not is_out_of_memory(ValueError(TEXT))
 

@@ -145,8 +145,10 @@ def test_ranks_of_one_machine_share_its_memory(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert limits.free_bytes("cpu") == alone // 4
     assert planning.offloading().pinnable == pinnable // 4
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (10**9, 10**9))
-    assert limits.free_bytes("cuda:1") == alone  # each rank has a card of its own
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (6 * 10**8, 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: 10**9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _device: 6 * 10**8)
+    assert limits.free_bytes("cuda:1") == alone  # each rank has a card of its own, and what torch keeps of it unused
 
 
 @pytest.mark.parametrize("family", FAMILIES)

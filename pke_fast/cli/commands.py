@@ -62,16 +62,25 @@ def _conditions(options: Namespace) -> dict[str, Any]:
 
 
 def _load_for(conditions: dict[str, Any], options: Namespace) -> LoadedModel:
-    """The model on the job's device, or with the host where it is so large that the job may have to offload it."""
+    """The model on the job's device, or with the host where it is so large that the job may have to offload it.
+
+    Raises:
+        NotRehearsed: a budget can't be kept, since nobody can tell how large the model is before it is loaded.
+    """
     from pke_fast.loading import load_outline
     from pke_fast.planning import waits_on_host
-    from pke_fast.rehearsal import twin_of_config
+    from pke_fast.rehearsal import NotRehearsed, twin_of_config
 
-    device = conditions["device"]
+    device, budget = conditions["device"], conditions["memory_budget"]
     if device and device.startswith("cuda"):
         outline = load_outline(options.model, device, options.dtype)
-        weights = twin_of_config(outline.config, outline.dtype).weights
-        if waits_on_host(device, weights, conditions["memory_budget"]):
+        try:
+            weights = twin_of_config(outline.config, outline.dtype).weights
+        except NotRehearsed:
+            if budget is not None:
+                raise
+            return _load(options)
+        if waits_on_host(device, weights, budget):
             return load_model(options.model, "cpu", options.dtype)
     return _load(options)
 
