@@ -72,19 +72,16 @@ sanitize: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(PYTEST) benchmarks $(ARGS)
 
-# No figure without green tests: whatever fails ends it. The package is installed anew, since the build must have CUDA.
-gpu: $(VENV)/.made
-	@$(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || \
-	{ echo "error: no GPU found: torch sees no CUDA device" >&2; exit 1; }
-	PKE_FAST_CUDA=1 $(BIN)/python -m pip --disable-pip-version-check install --editable ".[bench,test]"
-	$(PYTEST) -m gpu $(ARGS)
+# No figure without green tests: whatever fails ends it.
+gpu: $(VENV)/.cuda
+	$(PYTEST) $(IN_PARALLEL) -m gpu $(ARGS)
 	./scripts/compute_sanitizer.sh
 	$(BIN)/python benchmarks/gpu_kernels.py $(BENCH_ARGS)
 
-offload: $(VENV)/.installed
+offload: $(VENV)/.cuda
 	$(BIN)/python benchmarks/offload.py $(BENCH_ARGS)
 
-targets: $(VENV)/.installed
+targets: $(VENV)/.cuda
 	$(BIN)/python benchmarks/targets.py $(BENCH_ARGS)
 
 # Cells that are in OUT already are not made again.
@@ -101,13 +98,20 @@ wheels: $(VENV)/.made
 clean:
 	rm -rf build dist pke-demo *.egg-info pke_fast/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
 	find pke_fast kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
-	rm -f $(VENV)/.installed
+	rm -f $(VENV)/.installed $(VENV)/.cuda
 
-# Two stamps, so that a change of the package's own code neither downloads nor makes the environment again.
+# Stamps, so that a change of the package's own code neither downloads nor makes the environment again.
 $(VENV)/.made: scripts/setup_venv.sh
 	./scripts/setup_venv.sh
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.made setup.py pyproject.toml $(NATIVE)
 	$(BIN)/python -m pip --disable-pip-version-check install --editable ".[dev]"
+	@touch $@
+
+# As that, but the build must have CUDA, and what only `make check` needs isn't asked for.
+$(VENV)/.cuda: $(VENV)/.made setup.py pyproject.toml $(NATIVE)
+	@$(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || \
+	{ echo "error: no GPU found: torch sees no CUDA device" >&2; exit 1; }
+	PKE_FAST_CUDA=1 $(BIN)/python -m pip --disable-pip-version-check install --editable ".[bench,test]"
 	@touch $@

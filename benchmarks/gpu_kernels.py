@@ -3,8 +3,9 @@
     python benchmarks/gpu_kernels.py [--ops edit_loss ...] [--quick] [--without compile] [--out FILE]
 
 Each result is compared with the reference before anything is timed: ours by the relative rule (at most 3 times eager
-torch's error), torch's own within 2 %. A fault leaves the case untimed and the script fails in the end. What the
-columns mean stands in docs/kernels.md. `--device cpu --tiny` tries the script without a GPU; its figures mean nothing.
+torch's error), torch's own within 2 %. A fault leaves the case untimed and the script fails in the end. Until then the
+figures so far are in FILE.part. What the columns mean stands in docs/kernels.md. `--device cpu --tiny` tries the script
+without a GPU; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parent))  # Python may have been to
 import gpu_cases_editing
 import gpu_cases_scoring
 from gpu_cases import EAGER, OURS, QUICK, TINY, Case, Inputs, Result, Sizes, normal
-from gpu_results import Ceilings, text, usual_path, write_csv
+from gpu_results import Ceilings, add_rows, text, usual_path
 from gpu_timing import CpuTimer, CudaTimer, Timer, time_all
 from results_csv import machine
 
@@ -152,6 +153,11 @@ def main() -> int:
     ceilings, rows = measure_ceilings(sizes, timer, rounds)
     print(f"ceilings: copy {ceilings.copy / 1e12:.2f} TB/s, matmul {ceilings.product / 1e12:.0f} TFLOP/s\n")
 
+    path = wanted.out or usual_path(where["gpu"], datetime.date.today().isoformat())
+    part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)
+    add_rows(part, rows, where)
+
     judged = wanted.device == "cuda" and not wanted.tiny
     wrong: list[str] = []
     verdicts: list[str] = []
@@ -164,19 +170,23 @@ def main() -> int:
                 del case.providers[name]
             torch.compiler.reset()  # a shape a compilation, as many as there are
             inputs = case.make(torch.Generator(timer.device).manual_seed(0))
-            found = faults(case, inputs)
+            try:
+                found = faults(case, inputs)
+                results = {} if found else measured(case, timer, rounds, ceilings, inputs)
+            except RuntimeError as error:  # too large, or not to be compiled: the others' figures are worth having
+                found, results = [f"{case.op} {case.shape}: {error}"], {}
+            del inputs
             wrong += found
             if found:
                 print("\n".join(f"fault: {fault}" for fault in found), "", sep="\n")
                 continue
-            results = measured(case, timer, rounds, ceilings, inputs)
-            del inputs
-            rows += [(case, name, result) for name, result in results.items()]
+            new = [(case, name, result) for name, result in results.items()]
+            add_rows(part, new, where)
+            rows += new
             verdicts += [f"{case.op}  {case.shape}  {target.verdict(results, judged)}" for target in case.targets]
             print(text(case, results, ceilings, judged), flush=True)
 
-    path = wanted.out or usual_path(where["gpu"], datetime.date.today().isoformat())
-    write_csv(path, rows, where)
+    part.replace(path)
     print("targets", *verdicts, "", sep="\n")
     print(f"{len(rows)} rows in {path}; {len(wrong)} faults")
     return 1 if wrong else 0

