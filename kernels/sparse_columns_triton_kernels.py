@@ -29,7 +29,7 @@ def _product(
     return tl.trans(b_acc)
 
 
-@triton.jit(do_not_specialize=["tokens", "n", "width_h", "per_split"])  # one compilation for all batches and layers
+@triton.jit(do_not_specialize=["tokens", "n", "per_split"])  # one compilation for all batches and layers
 def sparse_column_grad_fwd_kernel(
     grad_out, h, into, tokens, n, width_h, d, stride_g, stride_h, stride_i, stride_split, per_split,
     ADD: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
@@ -118,7 +118,7 @@ def sparse_column_update_fwd_kernel(
     tl.store(p_w, b_w, mask=b_in & (neuron >= 0) & (neuron < count))
 
 
-@triton.jit(do_not_specialize=["tokens", "n", "width_h"])
+@triton.jit(do_not_specialize=["tokens", "n"])
 def sparse_column_step_fwd_kernel(
     weight, neurons, old, master, moment1, moment2, grad_out, h, tokens, n, width_h, d, count,
     stride_d, stride_n, stride_g, stride_h,
