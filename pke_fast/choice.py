@@ -7,6 +7,7 @@ table. What is asked for by name and can't run here raises; the table's choice f
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -166,6 +167,8 @@ def obstacle(op: str, backend: str, device: torch.device) -> str | None:
         capability = torch.cuda.get_device_capability(device)
         if capability < LEAST_CAPABILITY:
             return "compute capability {}.{}, at least {}.{} is needed".format(*capability, *LEAST_CAPABILITY)
+        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+            return "Triton finds no C compiler, which its first launch needs: install gcc, or set CC"
     return None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -111,6 +113,19 @@ def test_asked_for_by_name_it_runs_or_raises():
         ops.chosen_backend("glu_score_fwd", META)
     with choice.using("triton"), pytest.raises(PKEError, match=r"triton on meta[\s\S]*need a CUDA device"):
         ops.chosen_backend("edit_loss", META)
+
+
+def test_triton_needs_a_c_compiler_on_a_gpu(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    monkeypatch.delenv("CC", raising=False)
+    why_not = partial(choice.obstacle.__wrapped__, "edit_loss", "triton", torch.device("cuda", 0))
+    monkeypatch.setattr(choice.shutil, "which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
+    assert why_not() is None
+    monkeypatch.setattr(choice.shutil, "which", lambda _name: None)
+    assert "no C compiler" in why_not()
+    monkeypatch.setenv("CC", "cc")
+    assert why_not() is None
 
 
 def test_what_is_no_backend_is_refused(monkeypatch):
