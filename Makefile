@@ -56,7 +56,7 @@ test: $(VENV)/.installed
 	$(PYTEST) $(IN_PARALLEL) -m "not slow and not gpu" $(ARGS)
 
 check: lint sanitize
-	$(PYTEST) $(IN_PARALLEL) -m "slow and not gpu" $(ARGS)
+	$(PYTEST) -m "slow and not gpu" $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check
