@@ -107,6 +107,7 @@ $(VENV)/.made: scripts/setup_venv.sh
 
 $(VENV)/.installed: $(VENV)/.made setup.py pyproject.toml $(NATIVE)
 	$(BIN)/python -m pip --disable-pip-version-check install --editable ".[dev]"
+	@rm -f $(VENV)/.cuda # where nvcc isn't found, this build has no CUDA
 	@touch $@
 
 # As that, but the build must have CUDA, and what only `make check` needs isn't asked for.

@@ -126,19 +126,14 @@ def measured(
             yield _beside(lean_or_not + what, whose, prepared, rounds, device, faults)
 
 
-def _warm_up(few: Subject, config: PKEConfig, *plans: Plan) -> None:
-    """A job of a few requests by each plan: kernels are compiled and loaded before anything is timed."""
-    examples = [[(sequence, 1.0)] for sequence in few.requests]
-    for plan in plans:
-        found = score(few.structure, examples, pad_id=few.pad_id, pace=plan.pace())
-        first, end = config.layer_window(len(few.structure.layers))
-        hot_spots = strongest(found.weight_change * found.activation_path, first, end, config.k)
-        once = config.replace(num_steps=1)
-        outcome = edit_columns(
-            few.structure, hot_spots, few.requests, [], once, pad_id=few.pad_id,
-            stage=Stages(str(few.structure.device), show=False).stage, pace=plan.pace(),
-        )  # fmt: skip
-        put_back(few.structure, outcome)
+def _warm_up(few: Subject, config: PKEConfig, plan: Plan, lean: Plan) -> None:
+    """A few requests are located by both plans, and edited in a step: kernels are compiled before anything is timed."""
+    structure, examples = few.structure, [[(sequence, 1.0)] for sequence in few.requests]
+    found, _ = (score(structure, examples, pad_id=few.pad_id, pace=by.pace()) for by in (plan, lean))
+    first, end = config.layer_window(len(structure.layers))
+    hot_spots = strongest(found.weight_change * found.activation_path, first, end, config.k)
+    more = {"pad_id": few.pad_id, "stage": Stages(str(structure.device), show=False).stage, "pace": plan.pace()}
+    put_back(structure, edit_columns(structure, hot_spots, few.requests, [], config.replace(num_steps=1), **more))
 
 
 def _tracing(on: Subject, tokens: int, kept: int | None) -> dict[str, Callable[[], Any]]:

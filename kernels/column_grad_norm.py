@@ -36,6 +36,12 @@ def check_arguments(grad_out: Tensor, h: Tensor, offsets: Tensor, longest: int |
     same_device(OP, grad_out=grad_out, h=h, offsets=offsets)
 
 
+def check_longest(bounds: list[int], longest: int | None) -> None:
+    """Raises InputError where a request is longer than was said; for forms that have the offsets on the host."""
+    most = max((b - a for a, b in pairwise(bounds)), default=0)
+    require(longest is None or most <= longest, OP, "longest", f"{most} or more tokens", longest)
+
+
 def reference(grad_out: Tensor, h: Tensor, offsets: Tensor, longest: int | None = None) -> Tensor:
     """Norms ||G_r^T h_i||_2 for every request r and neuron i.
 
@@ -49,6 +55,7 @@ def reference(grad_out: Tensor, h: Tensor, offsets: Tensor, longest: int | None 
         fp32 [R, D]; 0 for an empty request.
     """
     bounds = offsets.tolist()
+    check_longest(bounds, longest)
     norms = h.new_zeros(len(bounds) - 1, h.shape[1], dtype=torch.float32)
     for r, (a, b) in enumerate(pairwise(bounds)):
         if b == a:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pke_fast.kernels.checks import require, spans_within, with_dense_rows
-from pke_fast.kernels.column_grad_norm import OP, check_arguments, gram_is_cheaper
+from pke_fast.kernels.column_grad_norm import OP, check_arguments, check_longest, gram_is_cheaper
 from pke_fast.native import dtype_of, library
 
 BLOCK_ELEMENTS = 1 << 20  # of an intermediate, fp32: 4 MiB, which stay in the caches
@@ -24,6 +24,7 @@ def column_grad_norm(grad_out: Tensor, h: Tensor, offsets: Tensor, longest: int 
     check_arguments(grad_out, h, offsets, longest)
     require(h.device.type == "cpu", OP, "h for the C++ form", "a CPU tensor", h.device)
     bounds = spans_within(OP, offsets, len(h))
+    check_longest(bounds, longest)
     grad_out, h = grad_out.detach(), with_dense_rows(h.detach())
     norms = torch.zeros(len(bounds) - 1, h.shape[1])
     group: list[tuple[int, int, int]] = []  # requests by the Gram form whose matrices are made before they are used

@@ -1,4 +1,4 @@
-"""What the report's pictures share: colours for a light and for a dark page, plain axes, PNG files."""
+"""What all pictures share: colours for a light and for a dark page, plain axes, PNG files."""
 
 from __future__ import annotations
 

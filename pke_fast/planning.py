@@ -146,7 +146,7 @@ def _tightest(structure: Structure, budget: int | None) -> tuple[str, int]:
 def matmul_rate(device: str, dtype: torch.dtype, hidden: int, neurons: int) -> float:
     """Flops a second of products [512, hidden] x [hidden, neurons], measured now.
 
-    Of random numbers: a GPU multiplies ones faster, since fewer of its transistors switch.
+    Of random numbers, as a job multiplies them: what is all alike may be faster on a GPU.
     """
     seed = torch.Generator(device).manual_seed(0)
     left = torch.randn(PREFERRED["cpu"], hidden, generator=seed, dtype=dtype, device=device)

@@ -184,6 +184,15 @@ def test_triton_takes_scratch_for_the_longest_request_alone(monkeypatch) -> None
     assert sum(sums) <= h.nbytes
 
 
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_a_request_longer_than_was_said_is_refused_where_it_shows(backend) -> None:
+    inputs = torch.zeros(4, 6), torch.zeros(4, 5), torch.tensor([0, 3, 4])
+    with using(backend):
+        torch.ops.pke_fast.column_grad_norm(*inputs, 3)
+        with pytest.raises(InputError, match=r"longest[\s\S]*3 or more tokens"):
+            torch.ops.pke_fast.column_grad_norm(*inputs, 2)
+
+
 def test_native_refuses_offsets_that_lead_elsewhere() -> None:
     with using("native"), pytest.raises(InputError, match="offsets"):
         torch.ops.pke_fast.column_grad_norm(torch.zeros(4, 6), torch.zeros(4, 5), torch.tensor([0, 5]))

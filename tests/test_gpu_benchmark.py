@@ -88,6 +88,34 @@ def test_without_a_gpu_it_says_so() -> None:
     assert done.stderr.startswith("error: no GPU found")
 
 
+def test_a_case_that_cannot_run_costs_its_own_figures_alone(tmp_path: Path) -> None:
+    """And the file of before stays until there is a new one."""
+    program = """
+import pathlib, sys
+sys.path.append(sys.argv.pop(1))
+import gpu_kernels
+path, measured = pathlib.Path(sys.argv[-1]), gpu_kernels.measured
+def failing(case, *more):
+    assert path.read_text() == "of before"
+    if case.op == "write_columns":
+        raise RuntimeError("no room")
+    return measured(case, *more)
+gpu_kernels.measured = failing
+sys.exit(gpu_kernels.main())
+"""
+    path = tmp_path / "figures.csv"
+    path.write_text("of before")
+    options = ["--device", "cpu", "--tiny", "--rounds", "2", "--without", "compile"]
+    command = [sys.executable, "-c", program, str(SCRIPT.parent), *options]
+    command += ["--ops", "write_columns", "sparse_column_update", "--out", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "no room" in done.stdout
+    with path.open(encoding="utf-8", newline="") as file:
+        assert {row["op"] for row in csv.DictReader(file)} == {"copy", "matmul", "sparse_column_update"}
+    assert [file.name for file in tmp_path.iterdir()] == ["figures.csv"]
+
+
 def test_variants_take_turns_and_short_ones_are_graphs() -> None:
     program = """
 import sys
