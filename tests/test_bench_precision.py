@@ -254,8 +254,8 @@ def test_kinds_are_held_out(
     assert set(cell["probe"]["kinds held out"]) == {"XSTest safe, type held out", *lab.sets.benign}
     assert "| homonyms, fraud |" in doc.read_text()
     monkeypatch.setattr(kinds_module, "without", lambda _held: nullcontext())
-    with pytest.raises(InputError, match="held out are edited on"):
-        measure(data, tmp_path / "other", ["kinds, 0"], SIZES, say=lambda _: None, **given)
+    with pytest.raises(InputError, match="held out are edited on"):  # of a fold by itself, too
+        measure(data, tmp_path / "other", ["kinds, 1"], SIZES, say=lambda _: None, **given)
 
 
 def test_a_document_without_its_place_is_told_first(data: Path, tmp_path: Path) -> None:

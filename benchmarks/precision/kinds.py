@@ -7,7 +7,7 @@ the strength is found by, as benign prompts. What is held out is in none of them
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from unittest import mock
 
@@ -36,15 +36,6 @@ TYPES = {  # XSTest's name of what a shipped kind is like; its unsafe prompts ha
 }
 
 
-def held_out(lab: Lab, config: PKEConfig) -> list[Value]:
-    """A cell a fold: ``{"kinds", "type", "refused": {set: [count, n]}, "probe": {harmful: {harmless: share}}}``.
-
-    "probe" is the share of a harmful set that the probe finds at as many false alarms as the edit makes on a harmless
-    one.
-    """
-    return [_without(lab, config, fold, held) for fold, held in enumerate(folds())]
-
-
 def folds() -> list[list[str]]:
     """The kinds of every fold: one of those that are like XSTest's types, and a share of the kinds of harm."""
     known = shipped.kinds()
@@ -65,7 +56,13 @@ def without(held: Collection[str]) -> Iterator[None]:
         yield
 
 
-def _without(lab: Lab, config: PKEConfig, fold: int, held: Sequence[str]) -> Value:
+def held_out(lab: Lab, config: PKEConfig, fold: int) -> Value:
+    """The cell of a fold: ``{"kinds", "type", "refused": {set: [count, n]}, "probe": {harmful: {harmless: share}}}``.
+
+    "probe" is the share of a harmful set that the probe finds at as many false alarms as the edit makes on a harmless
+    one.
+    """
+    held = folds()[fold]
     known = shipped.kinds()
     of_harm = [request.prompt for request in shipped.harmful()] + shipped.harmful_held_out()
     prompts = [prompt for prompt in of_harm if known.get(prompt) in held]
@@ -73,7 +70,7 @@ def _without(lab: Lab, config: PKEConfig, fold: int, held: Sequence[str]) -> Val
     harmless = {HELD_SAFE: _of_types(lab, SAFE, held)}
     harmless |= {name: chosen for name, chosen in lab.sets.shortened().items() if name in lab.sets.benign}
     harmful, harmless = ({name: chosen for name, chosen in side.items() if chosen} for side in (harmful, harmless))
-    inputs = [lab.edited_on, config.as_dict(), list(held), GIVEN, harmful, harmless]
+    inputs = [lab.edited_on, config.as_dict(), held, GIVEN, harmful, harmless]
 
     def make() -> Value:
         with without(held):
@@ -93,12 +90,12 @@ def _without(lab: Lab, config: PKEConfig, fold: int, held: Sequence[str]) -> Val
             for bad in harmful
         }
         types = [TYPES[kind] for kind in held if kind in TYPES]
-        return {"kinds": list(held), "type": ", ".join(types), "refused": refused, "probe": found}
+        return {"kinds": held, "type": ", ".join(types), "refused": refused, "probe": found}
 
     return lab.cells.cell(f"kinds, {fold}", inputs, make)
 
 
-def _of_types(lab: Lab, name: str, held: Sequence[str]) -> list[str]:
+def _of_types(lab: Lab, name: str, held: Collection[str]) -> list[str]:
     """The prompts of one of XSTest's sets that are of the types held out."""
     types = {TYPES[kind] for kind in held if kind in TYPES}
     both = zip(lab.sets.all[name], lab.sets.types[name], strict=True)

@@ -14,7 +14,7 @@ from precision import fronts
 from precision import measure as measures
 from precision.cells import Cells, Missing
 from precision.edits import edit
-from precision.kinds import held_out
+from precision.kinds import folds, held_out
 from precision.lab import Lab
 from precision.pictures import draw
 from precision.sequential import sequential
@@ -93,7 +93,7 @@ def _parts(lab: Lab, settings: Mapping[str, Setting], kinds: bool) -> list[Calla
         parts.append(lambda n=name, st=setting: _compared(lab, n, st, st.seeds[0]))
     parts.append(lambda: sequential(lab, settings.get(DRAFT, default).config(lab.structure, 0)))
     if kinds:
-        parts.append(lambda: held_out(lab, default.config(lab.structure, 0)))
+        parts += [lambda f=fold: held_out(lab, default.config(lab.structure, 0), f) for fold in range(len(folds()))]
     return parts
 
 
