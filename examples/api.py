@@ -1,8 +1,9 @@
 """Edit a model, save the edit, take it back: all in Python.
 
-    python examples/api.py --out edited [--model smollm2] [--requests FILE]
+    python examples/api.py --out edited [--model smollm2] [--requests FILE] [--benign FILE]
 
-Without --requests the shipped ones are used. Prints figures only, no answers.
+Without --requests the shipped ones are edited on; without --benign, prompts of your own, the shipped benign ones are
+held and shipped harmful ones join, as in `pke-fast edit`. Prints figures only, no answers.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from pke_fast import shipped
 
 
 def edit_and_save(
-    name: str, requests: list[pke_fast.EditRequest], out: Path, config: pke_fast.PKEConfig, benign: list[str]
+    name: str,
+    requests: list[pke_fast.EditRequest],
+    out: Path,
+    config: pke_fast.PKEConfig,
+    locality: list[pke_fast.Pair] | None,
 ) -> None:
     loaded = pke_fast.load_model(name)
-    locality = [pke_fast.Pair(prompt) for prompt in benign]  # without an answer: the model's own is kept
     result = pke_fast.edit(loaded.model, loaded.tokenizer, requests, config, locality=locality, name=loaded.name)
     for warning in result.report["warnings"]:
         print(f"WARNING: {warning}")
@@ -44,9 +48,10 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--requests", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--limit", type=int, help="the first N requests and benign prompts")
-    parser.add_argument("--k", type=int, default=1000, help="neurons to change")
+    parser.add_argument("--benign", type=Path)
+    parser.add_argument("--limit", type=int, help="the first N requests")
+    parser.add_argument("--k", type=int, default=pke_fast.PKEConfig.k, help="neurons to change")
     options = parser.parse_args()
     wanted = pke_fast.read_requests(options.requests) if options.requests else shipped.harmful()
-    few = slice(options.limit)
-    edit_and_save(options.model, wanted[few], options.out, pke_fast.PKEConfig(k=options.k), shipped.benign()[few])
+    benign = pke_fast.read_pairs(options.benign) if options.benign else None  # no answer: the model's own
+    edit_and_save(options.model, wanted[: options.limit], options.out, pke_fast.PKEConfig(k=options.k), benign)

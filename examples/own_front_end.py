@@ -22,7 +22,7 @@ def tokens(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[in
     return head, tokenizer(" " + answer, add_special_tokens=False)["input_ids"]
 
 
-def make_safe(model: Any, tokenizer: Any, harmful: list[str], benign: list[str], k: int = 1000) -> pke_fast.Patch:
+def make_safe(model: Any, tokenizer: Any, harmful: list[str], benign: list[str], k: int = 300) -> pke_fast.Patch:
     """Edits the model in place. The benign prompts keep the beginning that their answers have today."""
     wanted = [tokens(tokenizer, prompt, REFUSAL) for prompt in harmful]
     kept = [tokens(tokenizer, prompt, first_words(model, tokenizer, prompt)) for prompt in benign]

@@ -77,12 +77,15 @@ def trace(
         )
 
 
-def select(scores: Scores | Tensor, locality: Scores | None = None, *, k: int = 1000, **settings: Any) -> HotSpots:
+def select(
+    scores: Scores | Tensor, locality: Scores | None = None, *, k: int = PKEConfig.k, **settings: Any
+) -> HotSpots:
     """The k highest neurons: of what `trace` found on harmful prompts, less the same on benign ones where given.
 
     Args:
         scores: of `trace`, or any score map, fp32 [L, D].
         locality: of `trace` on benign prompts.
+        k: how many neurons.
         settings: `window`, `per_layer_cap`, `exclude`, `score`, `seed` of `PKEConfig`; the window is the upper third
             of the layers by default.
 
@@ -116,7 +119,8 @@ def update(
         batches: harmful prompts with the answers wanted.
         locality: benign prompts with answers that must not move.
         advance: called with 1 after every step.
-        settings: of `PKEConfig`, as `num_steps`, `lr`, `w_kl`, `norm_constraint`, `seed`, `backend`.
+        settings: of `PKEConfig`, as `num_steps`, `lr`, `w_kl`, `norm_constraint`, `seed`, `backend`; those that tell
+            how prompts are rendered, scored or joined have no effect.
 
     Returns:
         the change, old values and new ones: `Patch.revert(model)` takes it back to the bit.

@@ -85,7 +85,8 @@ class PKEConfig:
             down projections or under a norm_constraint, were tuned with 8.
         micro_batch_tokens: most tokens (padding counted) that are in flight at once; None: as the plan finds best.
         backend: what the ops run in: "auto" chooses by device and shape (see `pke-fast doctor`).
-        seed: of the shuffles and of ``score: random``.
+        seed: of all that is drawn by chance: what scores, minibatches, held places in prompts, ``score: random``,
+            what is held out.
 
     `PKEConfig()` is the preset ``pke``; `load_config` and `PKEConfig.preset` know the others.
     """

@@ -115,10 +115,12 @@ class LocateResult:
 
     @property
     def hot_spots(self) -> HotSpots:
+        """The neurons that an edit would change."""
         return self.located.hot_spots
 
     @property
     def score_map(self) -> Tensor:
+        """What they were chosen by, fp32 [L, D] on the CPU; NaN in layers that weren't scored."""
         return self.located.score_map
 
     def write(self, folder: str | Path, *, force: bool = False) -> dict[str, str]:
@@ -155,7 +157,8 @@ def edit(
         tokenizer: its tokenizer; its chat template is used where it has one.
         requests: harmful prompts; what they leave out is filled in (`EditRequest`).
         config: settings; the defaults are for method ``pke``.
-        locality: benign pairs that must not move; by default the model's own answers to the shipped prompts.
+        locality: benign pairs that must not move; by default the model's own answers to the shipped prompts, and then
+            shipped harmful requests join the given ones (`PKEConfig.companions`).
         stages: for progress bars and measurements of one's own.
         name, source: what model and requests are called in the report.
         samples: of how many prompts of each kind the report shows the answers before and after.
@@ -170,6 +173,9 @@ def edit(
         ranks: the processes that share the job, each called with the same arguments; all get the same result.
         held_out: harmful prompts that the edit will be measured on: shipped requests among them don't join the given
             ones.
+
+    Returns:
+        the patch, and a report with the keys that docs/design.md names.
 
     Raises:
         InputError: the model, a request or a setting can't be used; the model is unchanged.
@@ -329,8 +335,8 @@ def _digest(value: Any) -> str:
 def evaluate(
     model: Any,
     tokenizer: Any,
-    harmful: Sequence[str],
-    benign: Sequence[str],
+    harmful: Sequence[str] | None,
+    benign: Sequence[str] | None,
     text: str | None = None,
     config: PKEConfig | None = None,
     *,
@@ -343,10 +349,19 @@ def evaluate(
     """Attack success rate on harmful prompts, refusals of benign ones, and perplexity of a text; see `Evaluation`.
 
     Args:
+        harmful, benign: prompts; None leaves the set out.
+        text: plain text for the perplexity, of which the first 20,000 tokens count; None leaves it out.
+        judges: by name, as of `pke-fast eval --judge`.
+        max_new_tokens: length of an answer.
+        stages: for progress bars and measurements of one's own.
+        name: what the model is called in the report.
         when: a word that tells this evaluation's stages from another's, such as "before".
 
+    Returns:
+        the figures: rates are fractions from 0 to 1, each with its 95 % interval.
+
     Raises:
-        InputError: a prompt or a judge can't be used.
+        InputError: a set is empty, or a prompt or a judge can't be used.
     """
     with workbench(model, tokenizer, config or PKEConfig(), stages, name) as bench:
         return evaluate_model(

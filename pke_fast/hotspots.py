@@ -20,8 +20,8 @@ class HotSpots:
     """Selected neurons in compressed rows: layer l has neurons[layer_ptr[l] : layer_ptr[l + 1]], ascending.
 
     Attributes:
-        layer_ptr: int64 [L + 1].
-        neurons: int64 [k].
+        layer_ptr: int64 [L + 1], on the CPU.
+        neurons: int64 [k], on the CPU; each counts from 0 within its layer.
     """
 
     layer_ptr: Tensor
@@ -37,6 +37,7 @@ class HotSpots:
 
     @classmethod
     def from_layers(cls, layers: Mapping[int, Tensor], depth: int) -> HotSpots:
+        """Neurons by layer, each int64 ascending, of a model of `depth` layers."""
         counts = torch.tensor([len(layers[i]) if i in layers else 0 for i in range(depth)])
         pointers = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
         parts = [layers[layer] for layer in sorted(layers)]
@@ -64,8 +65,14 @@ def rank(unsafe: Scores, locality: Scores | None, config: PKEConfig) -> Tensor:
     return toxicity(unsafe, window)
 
 
-def select(score_map: Tensor, config: PKEConfig) -> HotSpots:
+def select(score_map: Tensor, config: PKEConfig, device: torch.device | None = None) -> HotSpots:
     """The top `config.k` of a score map [L, D] within the window, the cap and the exclusions.
+
+    Args:
+        device: where they are chosen; by default where the map is. All give the same neurons.
+
+    Returns:
+        them, on the CPU; equal scores go to the lowest index.
 
     Raises:
         InputError: k is more than there is to choose from, or an excluded neuron doesn't exist.
@@ -88,7 +95,8 @@ def select(score_map: Tensor, config: PKEConfig) -> HotSpots:
             got=str(config.k),
             do="lower k, widen the window or raise per_layer_cap",
         )
+    scores = score_map.to(device, torch.float32)
     layer_ptr, neurons, _ = torch.ops.pke_fast.select_hotspots(
-        score_map.float().cpu(), config.k, first, end, min(config.per_layer_cap or 0, width), exclude, float("-inf")
+        scores, config.k, first, end, min(config.per_layer_cap or 0, width), exclude.to(scores.device), float("-inf")
     )
-    return HotSpots(layer_ptr, neurons)
+    return HotSpots(layer_ptr.cpu(), neurons.cpu())

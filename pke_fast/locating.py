@@ -125,7 +125,7 @@ def locate_hot_spots(bench: Workbench, job: Job, *, first: int = 0, drift: Tenso
         unsafe = replace(unsafe, weight_change=drift)
     score_map = hotspots.rank(unsafe, locality, bench.config)
     with bench.stages.stage("Selecting the hot spots", 1):
-        selected = hotspots.select(score_map, bench.config)
+        selected = hotspots.select(score_map, bench.config, bench.structure.device)
     score_map[:first] = torch.nan
     return Located(score_map, selected, unsafe, locality, drift, unsafe.layer_path)
 

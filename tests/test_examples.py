@@ -47,7 +47,10 @@ def run(name: str, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_api(checkpoint: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     out = tmp_path / "edited"
-    run("api.py", "--model", checkpoint, "--out", out, "--limit", 3, "--k", 9, monkeypatch=monkeypatch)
+    benign = tmp_path / "benign.txt"
+    benign.write_text("What do bees do in winter?\nName a tree.\n", encoding="utf-8")
+    given = "--model", checkpoint, "--out", out, "--benign", benign, "--limit", 3, "--k", 9
+    run("api.py", *given, monkeypatch=monkeypatch)
     printed = capsys.readouterr().out
     assert "loss of the safe answers: " in printed
     assert "as it should be: the patch is already applied" in printed
