@@ -39,7 +39,8 @@ from pke_fast.bench.subjects import Subject
 from pke_fast.config import PKEConfig
 from pke_fast.editing import edit_columns
 from pke_fast.errors import PKEError
-from pke_fast.pace import Pace, is_out_of_memory
+from pke_fast.memory import is_out_of_memory
+from pke_fast.pace import Pace
 from pke_fast.plan import Load, Plan
 from pke_fast.planner import PREFERRED, Planner
 from pke_fast.planning import matmul_rate

@@ -161,10 +161,13 @@ def _encoded(structure: Structure, batches: Sequences, name: str, least: int = 1
         raise InputError(f"{name} is empty", expected="at least one sequence: (prompt ids, answer ids)", got="none")
     sequences = []
     for index, item in enumerate(batches):
-        if not isinstance(item, Encoded):
-            prompt, answer = ([int(token) for token in part] for part in item)
-            item = Encoded((*prompt, *answer), len(prompt))
         where = f"sequence {index} of {name} can't be used"
+        if not isinstance(item, Encoded):
+            try:
+                prompt, answer = ([int(token) for token in part] for part in item)
+            except (TypeError, ValueError) as error:
+                raise InputError(where, expected="(prompt ids, answer ids)", got=f"{item!r:.80}") from error
+            item = Encoded((*prompt, *answer), len(prompt))
         if not 0 < item.prompt_length < len(item.ids):
             got = f"{item.prompt_length} and {item.answer_length}"
             raise InputError(where, expected="at least one token of prompt and one of answer", got=got)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -158,7 +159,7 @@ def hub_id(name: Any) -> str | None:
     cached = [found for part in Path(name).parts if (found := _CACHED.fullmatch(part))]
     if cached:
         return "/".join(cached[-1].groups())
-    return name if _HUB_ID.fullmatch(name) and not Path(name).exists() else None
+    return name if _HUB_ID.fullmatch(name) and not os.path.exists(name) else None
 
 
 def licence_of(name: Any) -> dict[str, Any]:

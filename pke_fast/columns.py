@@ -12,6 +12,7 @@ from torch import Tensor
 
 import pke_fast.ops  # noqa: F401  registers torch.ops.pke_fast
 from pke_fast.config import PKEConfig
+from pke_fast.errors import InputError
 from pke_fast.kernels.sparse_columns import read_columns
 from pke_fast.kinds import Kind
 from pke_fast.layer_patch import LayerPatch
@@ -180,13 +181,36 @@ class Columns(Selected):
 
 
 def columns_of(structure: Structure, hot_spots: Mapping[int, Tensor], projections: Sequence[Kind]) -> list[Columns]:
-    """What an edit changes: the named projections of the hot spots, by layer, those that each layer's MLP has."""
+    """What an edit changes: the named projections of the hot spots, by layer, those that each layer's MLP has.
+
+    Raises:
+        InputError: as `kinds_in`.
+    """
+    kinds = kinds_in(structure, projections)
     return [
         Columns(structure, layer, neurons, kind)
         for layer, neurons in sorted(hot_spots.items())
         for kind in structure.mlps[layer].kinds
-        if kind in projections
+        if kind in kinds
     ]
+
+
+def kinds_in(structure: Structure, projections: Sequence[Kind]) -> list[Kind]:
+    """Those of the named projections that the model's MLPs have.
+
+    Raises:
+        InputError: they have none of them.
+    """
+    there = structure.mlps[0].kinds
+    found = [kind for kind in there if kind in projections]
+    if not found:
+        raise InputError(
+            "the model's MLPs have none of the projections that are to be edited",
+            expected="one or more of " + ", ".join(there),
+            got=", ".join(projections),
+            do="--set projections=...",
+        )
+    return found
 
 
 class _SparseTap(torch.autograd.Function):

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -303,7 +304,12 @@ def _checked(name: str, value: Any) -> Any:
         return tuple(value)
     if name == "projections":
         listed = isinstance(value, list | tuple) and len(value) > 0
-        _require(listed and set(value) <= set(PROJECTIONS), name, value, "one or more of " + ", ".join(PROJECTIONS))
+        _require(
+            listed and all(kind in PROJECTIONS for kind in value),
+            name,
+            value,
+            "one or more of " + ", ".join(PROJECTIONS),
+        )
         return tuple(kind for kind in PROJECTIONS if kind in value)
     if name == "exclude":
         listed = isinstance(value, list | tuple)
@@ -329,7 +335,10 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is one that a float can hold."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) <= sys.float_info.max
+    return isinstance(value, float)
 
 
 def _is_neuron(value: object) -> bool:

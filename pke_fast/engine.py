@@ -209,11 +209,11 @@ def edit(
         with _reverted_on_failure(patch, model):
             after = _answers(bench, shown, "Answering them after")
             report = summary.report_of(bench, facts, job, located, outcome, patch, source, plan)
-        report["samples"] = [
-            {"kind": kind, "prompt": prompt, "before": old, "after": new}
-            for (kind, prompt), old, new in zip(shown, before, after, strict=True)
-        ]
-        bench.ranks.wait()  # the first rank's write removes what the others may still read
+            report["samples"] = [
+                {"kind": kind, "prompt": prompt, "before": old, "after": new}
+                for (kind, prompt), old, new in zip(shown, before, after, strict=True)
+            ]
+            bench.ranks.wait()  # the first rank's write removes what the others may still read
     return EditResult(patch, report, located, model, tokenizer, bench.resume)
 
 

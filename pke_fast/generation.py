@@ -14,7 +14,7 @@ from torch import nn
 
 from pke_fast.encoding import PromptEncoder
 from pke_fast.errors import InputError
-from pke_fast.pace import is_out_of_memory
+from pke_fast.memory import is_out_of_memory
 from pke_fast.placement import input_device
 from pke_fast.prefix import Prefix, common
 

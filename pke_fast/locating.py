@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pke_fast import dinm, hotspots
+from pke_fast.columns import kinds_in
 from pke_fast.errors import InputError
 from pke_fast.files import atomic_write
 from pke_fast.hotspots import HotSpots
@@ -97,7 +98,9 @@ class Located:
 
 
 def check_fits(bench: Workbench) -> None:
-    """Raises InputError, before anything long is done, where k, window, cap or exclusions don't fit the model."""
+    """Raises InputError, before anything long is done, where k, window, cap, exclusions or projections don't fit the
+    model."""
+    kinds_in(bench.structure, bench.config.edited)
     if bench.config.method == "pke":
         hotspots.select(torch.zeros(len(bench.structure.layers), bench.structure.neurons), bench.config)
 

@@ -9,23 +9,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-import torch
-
 from pke_fast.batches import Batch
 from pke_fast.config import PKEConfig
 from pke_fast.errors import InputError
+from pke_fast.memory import is_out_of_memory
 
 T = TypeVar("T")
 LOG = logging.getLogger(__name__)
 DEFAULT_TOKENS = 512  # a CPU is busy with fewer
 LEAST_TOKENS = 64  # a short prompt with its answer: below this nothing is gained by halving
 BEFORE = -(2**31)  # the place of all that comes before an edit
-OUT_OF_MEMORY = (
-    "can't allocate memory",  # torch on the CPU
-    "CUDA error: out of memory",  # the driver: pinned memory, what is outside torch's allocator
-    "[CUDA]: out of memory",  # Triton, as it loads a kernel
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
 LESS = (
     "close what else uses memory, load the model in bf16, edit fewer or upper layers (--set window=...),"
     " or give a --memory-budget, which makes a plan that recomputes more"
@@ -139,10 +132,3 @@ def told_once(advance: Callable[[int], None]) -> Callable[[], Callable[[int], No
         return more
 
     return begin
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: torch's on a GPU, or what has no class of its own."""
-    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)

@@ -87,8 +87,7 @@ def prepare(
     Raises:
         InputError: there are no requests, the model refuses all of them already, or one is too long.
     """
-    if not requests:
-        raise InputError("no requests", expected="at least one edit request")
+    _some(requests)
     for request in requests:
         bench.encoder.prompt_ids(request.prompt)  # a prompt that is too long is told before anything is generated
     complete, refused = _with_answers(bench, requests)
@@ -127,8 +126,9 @@ def lengths(
         the requests', the locality pairs', and request by request those that score together.
 
     Raises:
-        InputError: a prompt is too long.
+        InputError: there are no requests, or a prompt is too long.
     """
+    _some(requests)
     given = _given(requests, locality)
     beside = [] if given else _companions(encoder, config, requests, held_out)
     edited_on = _together(requests, beside)
@@ -140,6 +140,11 @@ def lengths(
         scored.append([_unsafe(encoder, config, request) for request in edited_on])
     together = [list(group) for group in zip(*scored, strict=True)]
     return safe, _held(encoder, answered, config.prompt_tokens, [""] * len(answered)), together
+
+
+def _some(requests: Sequence[EditRequest]) -> None:
+    if not requests:
+        raise InputError("no requests", expected="at least one edit request")
 
 
 def _unsafe(encoder: PromptEncoder, config: PKEConfig, request: EditRequest) -> Encoded:

@@ -121,9 +121,10 @@ def _no_gguf_bar() -> Iterator[None]:
 @contextmanager
 def explained(name: str) -> Iterator[None]:
     """Turns what transformers raises for a model that can't be loaded into InputError."""
-    import torch
     from huggingface_hub import errors
     from safetensors import SafetensorError
+
+    from pke_fast.memory import is_out_of_memory
 
     # A configuration with a value of a wrong kind; the class came with transformers 5's configurations.
     strict = getattr(errors, "StrictDataclassError", SafetensorError)
@@ -131,12 +132,11 @@ def explained(name: str) -> Iterator[None]:
         yield
     except PKEError:
         raise
-    except (MemoryError, torch.cuda.OutOfMemoryError) as error:
-        raise PKEError(
-            f"not enough memory for {name}", got=str(error), do="give --dtype bf16, another device or a smaller model"
-        ) from error
     except (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, ImportError,
-            AssertionError, SafetensorError, strict, struct.error) as error:  # fmt: skip
+            AssertionError, MemoryError, SafetensorError, strict, struct.error) as error:  # fmt: skip
+        if is_out_of_memory(error):
+            do = "give --dtype bf16, another device or a smaller model"
+            raise PKEError(f"not enough memory for {name}", got=str(error), do=do) from error
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise PKEError(f"can't load {name}: the disk is full", got=str(error), do="free some space") from error
         text = " ".join(str(error).split())

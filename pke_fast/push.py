@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from pke_fast import patch_file
 from pke_fast.card import PATCH, Shared, model_card
 from pke_fast.errors import InputError, PKEError
 from pke_fast.files import visible_files
@@ -144,13 +145,11 @@ def _without_paths(value: Any, key: str = "") -> Any:
 
 
 def _is_path(text: str) -> bool:
-    return text.startswith(("/", ".", "~")) or "\\" in text or text.count("/") > 1 or Path(text).exists()
+    return text.startswith(("/", ".", "~")) or "\\" in text or text.count("/") > 1 or os.path.exists(text)
 
 
 def _patch_bytes(patch: Patch) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        patch.save(Path(folder) / PATCH)
-        return (Path(folder) / PATCH).read_bytes()
+    return b"".join(patch_file.pieces(patch.content()))
 
 
 def push(upload: Upload, *, private: bool = False, force: bool = False, api: Any = None) -> str:

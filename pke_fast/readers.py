@@ -150,7 +150,7 @@ def _read_text(path: Path) -> str:
             got=f"byte 0x{data[offset]:02x} at byte offset {offset} (line {data.count(10, 0, offset) + 1})",
             do="save it as UTF-8",
         )
-    if not text.strip("\ufeff \t\r\n"):
+    if not text.removeprefix("\ufeff").strip():
         raise InputError(f"{path} is empty", expected=_KNOWN, got=f"{len(data)} bytes without content")
     return text.removeprefix("\ufeff")
 

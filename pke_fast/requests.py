@@ -19,13 +19,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Pair:
-    """A benign prompt whose answer must not move. `answer` None: the model's own answer is taken."""
+    """A benign prompt whose answer must not move. `answer` None, or blank: the model's own answer is taken.
+
+    Raises:
+        InputError: the prompt is blank, or something isn't text.
+    """
 
     prompt: str
     answer: str | None = None
 
     def __post_init__(self) -> None:
         _prompt(self.prompt, "Pair")
+        object.__setattr__(self, "answer", text_or_none(self.answer, "Pair: the answer"))
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,11 @@ class EditRequest:
         locality: benign pairs that must not move, if the request brings some.
         case_id: the name of the request in its source.
         category: of harm, as its source calls it: results are told by it, and no edit depends on it.
+
+    A blank answer counts as None.
+
+    Raises:
+        InputError: the prompt is blank, or something isn't text.
     """
 
     prompt: str
@@ -50,6 +60,8 @@ class EditRequest:
 
     def __post_init__(self) -> None:
         _prompt(self.prompt, "EditRequest")
+        for name in ("target_new", "ground_truth"):
+            object.__setattr__(self, name, text_or_none(getattr(self, name), f"EditRequest: {name}"))
 
     def as_dict(self) -> dict[str, Any]:
         """What an edit is made from, for digests: all but the category."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from pke_fast.errors import InputError
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 _WEIGHTS = {".safetensors", ".bin", ".pth", ".pt", ".gguf"}
 _SIZES = {"F32": 4, "BF16": 2, "F16": 2}  # bytes of a value, of the dtypes that a patch can have
@@ -60,7 +60,7 @@ def check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise InputError(
             f"no checkpoint folder {folder}",
-            expected=f"a folder with {_SINGLE}, or with {_INDEX} and its shards",
+            expected=f"a folder with {SINGLE}, or with {INDEX} and its shards",
             got="a file" if folder.exists() else "nothing of that name",
             do="give the local folder of the checkpoint (for a hub id: where it was downloaded to)",
         )
@@ -72,15 +72,15 @@ def other_weights(names: Iterable[str], shards: set[str]) -> list[str]:
 
 
 def _read_folder(folder: Path) -> dict[str, StoredTensor]:
-    if (folder / _SINGLE).is_file():  # transformers prefers it where both are there
-        return {tensor.name: tensor for tensor in _read_shard(folder, _SINGLE)}
-    if not (folder / _INDEX).is_file():
+    if (folder / SINGLE).is_file():  # transformers prefers it where both are there
+        return {tensor.name: tensor for tensor in _read_shard(folder, SINGLE)}
+    if not (folder / INDEX).is_file():
         raise _no_safetensors(folder)
-    shards = _read_index(folder / _INDEX)
+    shards = _read_index(folder / INDEX)
     stored = {name: {t.name: t for t in _read_shard(folder, name)} for name in sorted(set(shards.values()))}
     for name, shard in shards.items():
         if name not in stored[shard]:
-            raise _damaged(folder / _INDEX, f"it says that {name} is in {shard}, which hasn't it")
+            raise _damaged(folder / INDEX, f"it says that {name} is in {shard}, which hasn't it")
     return {name: stored[shard][name] for name, shard in shards.items()}
 
 
@@ -142,7 +142,7 @@ def _damaged(path: Path, got: str) -> InputError:
 def _no_safetensors(folder: Path) -> InputError:
     others = sorted(path.name for path in folder.iterdir() if path.suffix in _WEIGHTS)
     return InputError(
-        f"the checkpoint {folder} has no {_SINGLE} and no {_INDEX}",
+        f"the checkpoint {folder} has no {SINGLE} and no {INDEX}",
         expected="weights as transformers' save_pretrained writes them, in safetensors",
         got=", ".join(others[:4]) or "no weights",
         do="save it as safetensors (transformers' save_pretrained); of a pytorch_model.bin that you trust, pke-fast "

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 
 from pke_fast.errors import InputError
+from pke_fast.shards import INDEX, SINGLE
 
 _CHECKPOINT = "a transformers checkpoint of a causal language model: config.json, safetensors weights, a tokenizer"
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json")
@@ -136,14 +137,14 @@ def check_files(folder: Path) -> None:
             got=f"a journal, {JOURNAL}: a change was interrupted, or is going on",
             do=f"wait until it has ended, or run pke-fast recover {folder}",
         )
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    index = folder / INDEX
+    if index.is_file() and not (folder / SINGLE).is_file():  # transformers prefers the one file where both are there
         content = _read_json(index)
         if not isinstance(content.get("weight_map"), dict):
             raise InputError(f"{index} is broken", expected="a JSON object with a weight_map")
         files = [folder / str(shard) for shard in sorted(set(content["weight_map"].values()))]
     else:
-        files = [folder / "model.safetensors"]
+        files = [folder / SINGLE]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))

@@ -60,6 +60,7 @@ def test_the_command(tmp_path: Path, capsys: Any) -> None:
         ("question,label\n1,1\n", "holds no judged answers"),
         ("Response,label\n", "the header alone"),
         ("Response,label\nYes,maybe\n", "line 2: a label that says nothing"),
+        ("Response,label\nYes,1\n" + "x" * 200_000 + ",1\n", "after line 2: broken CSV"),
         (b"\xff\xfe", "can't read"),
     ],
 )

@@ -104,6 +104,8 @@ def test_update_is_the_engines_edit_and_its_patch_reverts_to_the_bit(sequences):
         ({"batches": []}, "batches is empty"),
         ({"batches": [([1, 2], [])]}, "sequence 0 of batches can't be used"),
         ({"batches": [([], [1])]}, "at least one token of prompt"),
+        ({"batches": [([1], [2]), [1, 2, 3]]}, "sequence 1 of batches can't be used"),
+        ({"batches": [([1], ["b"])]}, "expected: (prompt ids, answer ids)".replace(")", r"\)")),
         ({"batches": [([1], [260])]}, "token ids of 0 to 259"),
         ({"batches": [([1] * 512, [1])]}, "at most 512 tokens"),
         ({"locality": [([1], [2]), Encoded((1, 2), 2)]}, "sequence 1 of locality"),

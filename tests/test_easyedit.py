@@ -305,6 +305,8 @@ def test_easyedits_own_hyperparameters_serve():
         (["text"], "request 0 can't be used"),
         ([REQUEST, {"prompt": "x"}], "request 1 has no target_new"),
         ([{**REQUEST, "prompt": 3}], "request 0 has no prompt"),
+        ([{**REQUEST, "locality": [{"prompt": "p"}]}], "request 0: locality(.|\n)*got: list"),
+        ([{**REQUEST, "ground_truth": ["c"]}], "ground_truth has the wrong type"),
         ([{**REQUEST, "locality": {"a": "b"}}], r"request 0: locality, 'a' has the wrong type"),
     ],
 )

@@ -11,9 +11,10 @@ import torch
 import pke_fast
 from pke_fast import engine, preparation, shipped, summary
 from pke_fast.config import PKEConfig
-from pke_fast.errors import InputError
+from pke_fast.errors import InputError, PKEError
 from pke_fast.judges import get_judge
 from pke_fast.planning import plan_loaded
+from pke_fast.ranks import Ranks
 from pke_fast.requests import EditRequest, Pair
 from pke_fast.testing import LAYERS, NEURONS, tiny_model, tiny_tokenizer
 from pke_fast.workbench import Workbench, workbench
@@ -190,6 +191,18 @@ def test_settings_that_do_not_fit_the_model_change_nothing(model, settings, mess
     assert same(model)
 
 
+@pytest.mark.parametrize("work", [pke_fast.edit, pke_fast.locate])
+def test_no_requests(model, work):
+    with pytest.raises(InputError, match="no requests"):
+        work(model, tiny_tokenizer(), [], CONFIG)
+
+
+def test_projections_that_the_model_has_not():
+    model = tiny_model("gpt2")
+    with pytest.raises(InputError, match=r"none of the projections(.|\n)*expected: one or more of gate, down"):
+        pke_fast.edit(model, tiny_tokenizer(), REQUESTS, CONFIG.replace(projections=("up",)), locality=LOCALITY)
+
+
 def test_exclusions_and_caps_are_obeyed(model):
     result = pke_fast.locate(model, tiny_tokenizer(), REQUESTS, CONFIG.replace(per_layer_cap=4), locality=LOCALITY)
     assert max(len(ids) for ids in result.hot_spots.by_layer().values()) == 4
@@ -219,6 +232,16 @@ def test_ctrl_c_after_the_edit_puts_the_weights_back(model, monkeypatch):
 
     monkeypatch.setattr(summary, "report_of", interrupt)
     with pytest.raises(KeyboardInterrupt):
+        pke_fast.edit(model, tiny_tokenizer(), REQUESTS, CONFIG, locality=LOCALITY, samples=0)
+    assert same(model)
+
+
+def test_where_another_rank_is_lost_after_the_edit_the_weights_are_put_back(model, monkeypatch):
+    def lost(_ranks):
+        raise PKEError("another rank is gone")
+
+    monkeypatch.setattr(Ranks, "wait", lost)
+    with pytest.raises(PKEError, match="gone"):
         pke_fast.edit(model, tiny_tokenizer(), REQUESTS, CONFIG, locality=LOCALITY, samples=0)
     assert same(model)
 

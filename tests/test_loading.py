@@ -73,6 +73,16 @@ def test_shards_load_and_a_lost_one_is_named(tmp_path: Path) -> None:
     assert fingerprint(load_model(str(folder), "cpu").model) == fingerprint(tiny_model("llama"))
     shards[1].unlink()
     assert shards[1].name in refused(folder, "weights are missing")
+    tiny_model("llama").save_pretrained(folder)  # what transformers prefers to an index that was left
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}', encoding="utf-8")
+    assert fingerprint(load_model(str(folder), "cpu").model) == fingerprint(tiny_model("llama"))
+
+
+def test_memory_that_ran_out_is_no_fault_of_the_checkpoint() -> None:
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")):
+        with pytest.raises(PKEError, match="not enough memory for tiny") as told, pretrained.explained("tiny"):
+            raise error
+        assert told.value.__cause__ is error
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

@@ -12,7 +12,8 @@ import pke_fast
 from pke_fast import dinm, editing, locating, probe, scoring
 from pke_fast.config import PKEConfig
 from pke_fast.errors import InputError
-from pke_fast.pace import Pace, is_out_of_memory
+from pke_fast.memory import is_out_of_memory
+from pke_fast.pace import Pace
 from pke_fast.preparation import Job
 from pke_fast.requests import EditRequest, Pair
 from pke_fast.tape import Tape

@@ -232,6 +232,13 @@ def test_objects_made_in_python_need_a_prompt() -> None:
                 make(prompt)
         with pytest.raises(InputError, match="'prompt' has the wrong type"):
             make(5)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match=f"{make.__name__}: .*has the wrong type"):
+            make("a", ["No"])  # type: ignore[arg-type]
+
+
+def test_a_blank_answer_made_in_python_counts_as_none() -> None:
+    assert EditRequest("a", "  ", "\n") == EditRequest("a")
+    assert Pair("a", " ") == Pair("a")
 
 
 # Bad input: (name, content, sentence of the message). Every reader refuses these.
@@ -239,6 +246,7 @@ def test_objects_made_in_python_need_a_prompt() -> None:
 BAD = [
     ("empty.txt", "", "is empty"),
     ("blank.jsonl", "\ufeff \r\n\n", "is empty"),
+    ("spaces.json", "\u00a0\u2003\n", "is empty"),
     ("none.json", "[]", "holds no records"),
     ("header.csv", "goal,target\n", "holds no records"),
     ("latin.txt", "good\ncaf\xe9 noir".encode("latin-1"), r"not text in UTF-8(.|\n)*0xe9 at byte offset 8 \(line 2\)"),

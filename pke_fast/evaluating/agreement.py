@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def read_judged(path: str | Path, limit: int | None = None) -> list[Judged]:
             got=f"columns {', '.join(names) or 'none'}",
         )
     found = []
-    for row in rows:
+    for row in _read(rows, path):
         label = _LABELS.get(str(row[names["label"]]).strip().lower())
         if label is None:
             raise InputError(
@@ -64,6 +64,13 @@ def read_judged(path: str | Path, limit: int | None = None) -> list[Judged]:
     if not found:
         raise InputError(f"{path} holds no judged answers", expected="at least one row", got="the header alone")
     return found[:limit]
+
+
+def _read(rows: csv.DictReader[str], path: str | Path) -> Iterator[dict[str, str]]:
+    try:
+        yield from rows
+    except csv.Error as error:
+        raise InputError(f"{path}, after line {rows.line_num}: broken CSV", got=str(error)) from error
 
 
 def agreement(judged: Sequence[Judged], judges: Sequence[AnswerJudge], stages: Stages) -> dict[str, Any]:

@@ -261,6 +261,8 @@ def checked_request(request: Any, index: int, parity: bool) -> EditRequest:
             raise InputError(f"{where} has no {name}", expected="some text", got=repr(request.get(name)))
     unsafe = request.get("ground_truth")
     relations = request.get("locality") or {}
+    if not isinstance(relations, Mapping):
+        raise InputError(f"{where}: locality", expected="{relation: pairs}", got=type(relations).__name__)
     if parity:
         pair = relations.get(LOCALITY)
         whole = isinstance(pair, Mapping) and all(isinstance(pair.get(n), str) for n in ("prompt", "ground_truth"))
