@@ -79,7 +79,8 @@ void sparse_column_grad(std::uintptr_t grad_out, std::ptrdiff_t grad_out_stride,
 pke_fast::Columns columns(std::uintptr_t weight, pke_fast::Dtype dtype, std::size_t hidden,
                           std::ptrdiff_t neuron_stride, std::ptrdiff_t hidden_stride, std::uintptr_t neurons,
                           std::size_t n) {
-    return {pointer<void>(weight), dtype, hidden, neuron_stride, hidden_stride, pointer<const std::int64_t>(neurons), n};
+    return {
+        pointer<void>(weight), dtype, hidden, neuron_stride, hidden_stride, pointer<const std::int64_t>(neurons), n};
 }
 
 void sparse_column_update(const pke_fast::Columns& columns, std::uintptr_t old, std::uintptr_t master,
@@ -117,10 +118,15 @@ void bind_sparse_columns(py::module_& module) {
                py::arg("value_stride"), py::arg("values_are_fp32"), py::arg("threads"));
 }
 
-pke_fast::GluShape glu_shape(pke_fast::Dtype type, int act, std::int64_t tokens, std::int64_t neurons, std::int64_t requests,
-                             std::uintptr_t offsets, std::uintptr_t mask) {
-    return {type,                                 static_cast<pke_fast::Activation>(act), tokens, neurons, requests,
-            pointer<const std::int64_t>(offsets), pointer<const std::uint8_t>(mask)};
+pke_fast::GluShape glu_shape(pke_fast::Dtype type, int act, std::int64_t tokens, std::int64_t neurons,
+                             std::int64_t requests, std::uintptr_t offsets, std::uintptr_t mask) {
+    return {type,
+            static_cast<pke_fast::Activation>(act),
+            tokens,
+            neurons,
+            requests,
+            pointer<const std::int64_t>(offsets),
+            pointer<const std::uint8_t>(mask)};
 }
 
 // A tensor's address and the elements from one row to the next.
@@ -148,13 +154,13 @@ void glu_score_bwd(pke_fast::Dtype type, int act, std::int64_t tokens, std::int6
 
 // requests: (first, tokens, address of the Gram matrix, address of the norms) each.
 void gram_norms(const std::vector<std::tuple<std::int64_t, std::int64_t, std::uintptr_t, std::uintptr_t>>& requests,
-                std::uintptr_t h, std::int64_t stride, pke_fast::Dtype type, std::int64_t neurons, std::size_t threads) {
+                std::uintptr_t h, std::int64_t stride, pke_fast::Dtype type, std::int64_t neurons,
+                std::size_t threads) {
     py::gil_scoped_release released;
     std::vector<pke_fast::GramRequest> grams;
     for (const auto& [first, tokens, gram, norms] : requests)
         grams.push_back({first, tokens, pointer<const float>(gram), pointer<float>(norms)});
-    pke_fast::gram_norms(grams.data(), grams.size(), pointer<const void>(h), stride, type,
-                         neurons, threads);
+    pke_fast::gram_norms(grams.data(), grams.size(), pointer<const void>(h), stride, type, neurons, threads);
 }
 
 void column_norms(std::uintptr_t product, std::int64_t rows, std::int64_t columns, std::uintptr_t norms,

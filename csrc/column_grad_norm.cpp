@@ -111,8 +111,9 @@ float root(float square) { return square < 0.0f ? 0.0f : std::sqrt(square); }
 
 void gram_norms(const GramRequest* requests, std::size_t count, const void* h, int64_t stride, Dtype dtype,
                 int64_t neurons, std::size_t threads) {
-    const auto forms_of = many_registers() ? quadratic_forms_wide : quadratic_forms_narrow;
-    const int64_t width = static_cast<int64_t>(many_registers() ? kMost * kLane : kLane);
+    const bool wide = widest_bytes() == 64;  // AVX-512 has 32 registers of a Lanes, AVX2 only 16 of a half
+    const auto forms_of = wide ? quadratic_forms_wide : quadratic_forms_narrow;
+    const int64_t width = static_cast<int64_t>(wide ? kMost * kLane : kLane);
     const auto copy = dtype == Dtype::fp32 ? copy_fp32 : dtype == Dtype::bf16 ? copy_bf16 : copy_fp16;
     const int64_t size = dtype == Dtype::fp32 ? 4 : 2;
     const int64_t blocks = (neurons + width - 1) / width;

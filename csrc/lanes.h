@@ -36,13 +36,4 @@ struct Lanes {
 PKE_FAST_INLINE const Lanes& lanes_at(const float* x) { return *reinterpret_cast<const Lanes*>(x); }
 PKE_FAST_INLINE Lanes& lanes_at(float* x) { return *reinterpret_cast<Lanes*>(x); }
 
-// How many Lanes of sums the registers hold beside what is multiplied: AVX-512 has 32 registers of one, AVX2 16 halves.
-inline bool many_registers() {
-#if defined(__x86_64__) && defined(__GNUC__)
-    return __builtin_cpu_supports("avx512f");
-#else
-    return false;
-#endif
-}
-
 }  // namespace pke_fast

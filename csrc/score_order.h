@@ -11,7 +11,10 @@
 
 namespace pke_fast {
 
-// The formats scores come in: the integer that holds one, and the magnitude of infinity in it.
+// The formats scores come in: the integer that holds one, and the magnitude of infinity in it. Tensors' elements as C++
+// types are another thing: elements.h.
+namespace score_format {
+
 struct Float32 {
     using Bits = uint32_t;
     static constexpr uint32_t kInfinity = 0x7f800000u;
@@ -24,6 +27,8 @@ struct Float16 {
     using Bits = uint16_t;
     static constexpr uint32_t kInfinity = 0x7c00u;
 };
+
+}  // namespace score_format
 
 // -inf is 0, -0 equals +0, +inf is kRawInfinity and every NaN is above. Comparing integers also keeps denormals apart
 // where the processor is set to flush them to zero.

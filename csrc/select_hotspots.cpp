@@ -15,8 +15,8 @@
 namespace pke_fast {
 namespace {
 
-inline uint32_t raw_key(float score) { return pke_fast::raw_key<Float32>(bits_of(score)); }
-inline uint32_t order_key(float score) { return pke_fast::order_key<Float32>(bits_of(score)); }
+inline uint32_t raw_key(float score) { return pke_fast::raw_key<score_format::Float32>(bits_of(score)); }
+inline uint32_t order_key(float score) { return pke_fast::order_key<score_format::Float32>(bits_of(score)); }
 
 // Scores looked at together: one test skips them all. 64 fill four AVX-512 registers and one word of flags.
 constexpr std::size_t kBlock = 64;

@@ -57,15 +57,15 @@ struct Scratch {
     }
 };
 
-float magnitude(Float32, uint32_t bits) {
+float magnitude(score_format::Float32, uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
-float magnitude(BFloat16, uint32_t bits) { return magnitude(Float32{}, bits << 16); }
-float magnitude(Float16, uint32_t bits) {
+float magnitude(score_format::BFloat16, uint32_t bits) { return magnitude(score_format::Float32{}, bits << 16); }
+float magnitude(score_format::Float16, uint32_t bits) {
     const int exponent = static_cast<int>(bits >> 10), fraction = bits & 1023;
-    if (bits == Float16::kInfinity) return INFINITY;
+    if (bits == score_format::Float16::kInfinity) return INFINITY;
     return exponent ? std::ldexp(1024.0f + fraction, exponent - 25) : std::ldexp(1.0f * fraction, -24);
 }
 
@@ -149,11 +149,11 @@ void select_hotspots_cuda(const HotspotQuery& query, Dtype format, const Hotspot
     }
     switch (format) {
         case Dtype::fp32:
-            return run<Float32>(query, result, sizes, scratch, on);
+            return run<score_format::Float32>(query, result, sizes, scratch, on);
         case Dtype::bf16:
-            return run<BFloat16>(query, result, sizes, scratch, on);
+            return run<score_format::BFloat16>(query, result, sizes, scratch, on);
         case Dtype::fp16:
-            return run<Float16>(query, result, sizes, scratch, on);
+            return run<score_format::Float16>(query, result, sizes, scratch, on);
     }
     throw std::invalid_argument("select_hotspots: unknown format of scores");
 }

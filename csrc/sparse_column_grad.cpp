@@ -33,11 +33,11 @@ struct Register {
 #endif
 };
 
-constexpr std::size_t kNeurons = 6;          // of a register tile: with 2 vectors 12 of 16 registers are sums, with 4
-                                             // 24 of AVX-512's 32
-constexpr std::size_t kTokens = 128;         // whose panel of G, up to 32 KB, stays in the first-level cache
+constexpr std::size_t kNeurons = 6;   // of a register tile: with 2 vectors 12 of 16 registers are sums, with 4
+                                      // 24 of AVX-512's 32
+constexpr std::size_t kTokens = 128;  // whose panel of G, up to 32 KB, stays in the first-level cache
 constexpr std::size_t kWorthAThread = 1 << 24;  // products, some 0.2 ms; at a tenth of it a second thread cost time
-constexpr std::size_t kSlabBytes = 1 << 19;  // of h in fp32: stays in the second-level cache
+constexpr std::size_t kSlabBytes = 1 << 19;     // of h in fp32: stays in the second-level cache
 
 // Adds to a [kNeurons, vectors * lanes] tile of the result the products of `tokens` tokens.
 template <std::size_t bytes, std::size_t vectors>
@@ -162,8 +162,9 @@ void sparse_column_grad(Rows grad_out, Rows h, Dtype dtype, std::size_t tokens, 
                     }
                     const float* some = packed.data() + (t - first) * padded;
                     for (std::size_t i = 0; i < n; i += kNeurons) {
-                        tile(some + i * count, g, static_cast<std::ptrdiff_t>(width), count, into + static_cast<std::ptrdiff_t>(i) * into_stride + x,
-                             into_stride, std::min(kNeurons, n - i), columns);
+                        tile(some + i * count, g, static_cast<std::ptrdiff_t>(width), count,
+                             into + static_cast<std::ptrdiff_t>(i) * into_stride + x, into_stride,
+                             std::min(kNeurons, n - i), columns);
                     }
                 }
             }

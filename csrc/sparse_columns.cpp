@@ -9,12 +9,6 @@
 #include "parallel.h"
 #include "widest.h"
 
-#if defined(__GNUC__)
-#define PKE_FAST_INLINE inline __attribute__((always_inline))
-#else
-#define PKE_FAST_INLINE inline
-#endif
-
 namespace pke_fast {
 namespace {
 

@@ -3,9 +3,9 @@
 
 #include <cstddef>
 
-// Needs glibc's indirect functions; not under a sanitizer, whose own code can't run yet when the loader picks. x86-64-v3
-// is AVX2 with FMA and F16C, x86-64-v4 adds AVX-512 F, BW, DQ and VL. The levels are features: a processor's name there
-// (arch=haswell) would match that one model and leave AMD's to "default".
+// Needs glibc's indirect functions; not under a sanitizer, whose own code can't run yet when the loader picks.
+// x86-64-v3 is AVX2 with FMA and F16C, x86-64-v4 adds AVX-512 F, BW, DQ and VL. The levels are features: a processor's
+// name there (arch=haswell) would match that one model and leave AMD's to "default".
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #if __GNUC__ >= 12

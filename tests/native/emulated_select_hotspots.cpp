@@ -19,8 +19,8 @@ extern "C" void emulated_select_hotspots(const void* scores, int format, std::si
     const pke_fast::HotspotQuery query{scores, rows, layers, neurons, k, first, end, layer_cap, exclude, minimum};
     std::vector<uint64_t> scratch = dirty(pke_fast::hotspot_scratch_size(query));
     void* aligned = scratch.data() + (reinterpret_cast<uintptr_t>(scratch.data()) % 16 ? 1 : 0);
-    pke_fast::select_hotspots_cuda(query, static_cast<pke_fast::Dtype>(format),
-                                   {layer_ptr, chosen_neurons, nan_counts}, aligned, nullptr);
+    pke_fast::select_hotspots_cuda(query, static_cast<pke_fast::Dtype>(format), {layer_ptr, chosen_neurons, nan_counts},
+                                   aligned, nullptr);
 }
 
 int main(int, char**) {
