@@ -67,7 +67,7 @@ def blocks(tokens: int, requests: int, hidden: int, neurons: int, dtype: torch.d
 
 
 def parts(tokens: int, requests: int, hidden: int, block: Blocks) -> int:
-    """Into how many ranges of the hidden size K's sums are split: programs enough, and four steps in each."""
+    """Into how many ranges of the hidden size K's sums may be split: programs enough, and four steps in each."""
     tiles = triton.cdiv(triton.cdiv(tokens, requests), block.tokens)
     programs = requests * tiles * (tiles + 1) // 2
     steps = triton.cdiv(hidden, block.hidden)
@@ -164,6 +164,7 @@ def _by_gram(
     gram_low = torch.empty_like(gram) if split else gram
     room = h.nbytes // (4 * tokens * width)  # the peak of a layer's way back has room for one more tensor like h
     several = max(1, min(parts(tokens, requests, hidden, block), room))
+    several = 2 ** (several.bit_length() - 1)  # each other number is another variant to compile
     sums = gram if several == 1 else torch.empty(several, tokens, width, dtype=torch.float32, device=h.device)
     where = {"BT": block.tokens, "BR": searched(requests)}
     column_grad_norm_gram_kernel[(slots * others * several,)](

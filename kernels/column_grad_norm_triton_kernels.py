@@ -22,7 +22,7 @@ def _store_gram(b_gram, b_at, inside, gram, gram_low, SPLIT: tl.constexpr):
         tl.store(gram_low + b_at, rounded(b_gram - b_high.to(tl.float32), gram.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "requests", "limit"])
+@triton.jit(do_not_specialize=["tokens", "requests", "limit", "others", "steps"])
 def column_grad_norm_gram_kernel(
     grad,
     offsets,
@@ -81,7 +81,7 @@ def column_grad_norm_gram_kernel(
         tl.store(parts + part * (tokens * width.to(tl.int64)) + b_at, b_gram, mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "requests", "limit"])
+@triton.jit(do_not_specialize=["tokens", "requests", "limit", "others"])
 def column_grad_norm_gram_sum_kernel(
     offsets,
     gram,

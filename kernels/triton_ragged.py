@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 SEARCHED = 1024  # offsets compared at once; more requests than that are gone through in a loop
+LEAST_SEARCHED = 64  # fewer requests take as long, and each power of two is another variant to compile
 
 
 def tile_slots(tokens: int, requests: int, tile: int) -> int:
@@ -24,7 +25,7 @@ def tile_slots(tokens: int, requests: int, tile: int) -> int:
 
 def searched(requests: int) -> int:
     """The constexpr BR of `find_tile`."""
-    return min(SEARCHED, triton.next_power_of_2(requests + 2))
+    return min(SEARCHED, max(LEAST_SEARCHED, triton.next_power_of_2(requests + 2)))
 
 
 @triton.jit

@@ -33,11 +33,16 @@ def free_bytes(device: str) -> int | None:
         import torch
 
         # What torch keeps for later use is this process's own, and torch gives it back before memory runs out.
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(SHARE * (torch.cuda.mem_get_info(device)[0] + kept))
+        allocated = torch.cuda.memory_allocated(device)
+        free, total = (int(size) for size in torch.cuda.mem_get_info(device))
+        free += torch.cuda.memory_reserved(device) - allocated
+        fraction = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # which torch 2.4 lacks
+        if fraction is not None:
+            free = min(free, int(fraction(device) * total) - allocated)
+        return int(SHARE * max(0, free))
     groups = [_left(Path(root, group), *names) for root, *names in _LIMITS for group in _own_groups()]
-    free = [value for value in (_available(), *groups) if value is not None]
-    return int(SHARE * min(free)) // ranks_here() if free else None
+    known = [value for value in (_available(), *groups) if value is not None]
+    return int(SHARE * min(known)) // ranks_here() if known else None
 
 
 def _available() -> int | None:

@@ -16,8 +16,9 @@ from pke_fast.errors import InputError
 from pke_fast.kernels.sparse_columns import read_columns
 from pke_fast.kinds import Kind
 from pke_fast.layer_patch import LayerPatch
+from pke_fast.module_calls import hooks
 from pke_fast.placement import live_weight
-from pke_fast.structure import Structure, hooks
+from pke_fast.structure import Structure
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # Kingma & Ba 2015
 

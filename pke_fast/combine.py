@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import pke_fast
+from pke_fast.dtypes import bits_of
 from pke_fast.errors import InputError, PatchError
 from pke_fast.kinds import PROJECTIONS
 from pke_fast.layer_patch import LayerPatch, equal_rows
@@ -89,7 +90,7 @@ def _scaled(part: LayerPatch, by: float) -> Tensor:
         return part.new.clone() if by else part.old.clone()
     old, new = part.old.float(), part.new.float()
     scaled = (old + by * (new - old)).to(part.old.dtype)
-    bits = torch.int32 if part.old.element_size() == 4 else torch.int16
+    bits = bits_of(part.old.dtype)
     scaled = torch.where(part.old.view(bits) == part.new.view(bits), part.old, scaled)
     beyond = (~torch.isfinite(scaled) & torch.isfinite(old) & torch.isfinite(new)).any(dim=1)
     if bool(beyond.any()):

@@ -32,6 +32,7 @@ from triton.runtime.jit import JITFunction
 # Specifications per Compute Capability", row "Maximum amount of shared memory per thread block".
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 ARCHITECTURES = tuple(SHARED_KIB)
+TAKEN_FOR = 90  # what the JIT takes for the device while launches are recorded
 GRID_LIMITS = (2**31 - 1, 65535, 65535)  # the same table, for x, y and z
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -101,11 +102,8 @@ def _short(value: Any) -> str:
 
 
 @contextmanager
-def recording(into: list[Launch], architecture: int = 90) -> Iterator[None]:
+def recording(into: list[Launch]) -> Iterator[None]:
     """While it lasts, kernels that are launched are noted instead, once for each variant, and nothing is compiled.
-
-    Args:
-        architecture: what the JIT takes for the device.
 
     Raises:
         ValueError: a grid is larger than CUDA allows.
@@ -130,7 +128,7 @@ def recording(into: list[Launch], architecture: int = 90) -> Iterator[None]:
             seen.add((self, key))
             into.append(Launch(self, args, options, sizes, key))
 
-    with _pretending(architecture), mock.patch.object(JITFunction, "run", note):
+    with _pretending(TAKEN_FOR), mock.patch.object(JITFunction, "run", note):
         yield
 
 

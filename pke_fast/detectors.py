@@ -30,9 +30,11 @@ from pke_fast.batches import Batch
 from pke_fast.columns import Columns
 from pke_fast.config import PKEConfig
 from pke_fast.kernels.glu_score import ACTIVATIONS
+from pke_fast.memory import is_out_of_memory
+from pke_fast.module_calls import hooks
 from pke_fast.placement import stored_weight
 from pke_fast.ranks import ALONE, Ranks
-from pke_fast.structure import Structure, hooks
+from pke_fast.structure import Structure
 from pke_fast.tape import in_beginning
 
 LEAST = 16  # sequences on either side: fewer say too little of what tells the sides apart
@@ -53,6 +55,7 @@ FIT_BYTES = 16  # of a layer's input while it is fitted: in fp32 once or twice, 
 GRAM_BYTES = 24  # of d^2: the inputs' products and what they are solved with, in fp64
 
 Side = dict[tuple[int, int], Tensor]
+Fitted = tuple[int, Tensor, Tensor, Tensor]
 """MLP inputs by minibatch and row: [layers, 1 + OTHERS, d], at the prompt's last token and at others."""
 
 
@@ -157,11 +160,16 @@ class Detectors:
         pull = Pull([d.down for d in self._detectors])
         towards(pull)
         self._ranks.add_up(pull.sums, pull.sizes, pull.count)
-        made = []
-        for nth, detector in enumerate(self._detectors):
-            bad, good = harmful[:, nth].float(), benign[:, nth].float()
-            made.append(_fitted(detector, bad, good, pull.direction(nth), pull.size(nth)))
-            advance(1)
+
+        def fitted() -> list[Fitted]:
+            found = []
+            for nth, detector in enumerate(self._detectors):
+                bad, good = harmful[:, nth].float(), benign[:, nth].float()
+                found.append(_fitted_where_it_fits(detector, bad, good, pull.direction(nth), pull.size(nth)))
+                advance(1)
+            return found
+
+        made = self._ranks.from_first(fitted)
         tried: list[tuple[float, float]] = []
         for nth, gain in enumerate(GAINS):
             for detector, (row, gate, up, down) in zip(self._detectors, made, strict=True):
@@ -192,8 +200,13 @@ def wanted(config: PKEConfig) -> bool:
     return config.detectors and config.norm_constraint is None and {"gate", "down"} <= set(config.edited)
 
 
+def fit_bytes(sequences: int, hidden_size: int) -> int:
+    """What fitting one detector takes, of the device's memory where that is a GPU."""
+    return FIT_BYTES * sequences * (1 + OTHERS) * hidden_size + GRAM_BYTES * hidden_size**2
+
+
 def detectors_bytes(config: PKEConfig, sequences: int, layers: int, hidden_size: int, itemsize: int) -> int:
-    """What `Detectors` take of the host's memory at most, until the steps begin; all projections are edited.
+    """What `Detectors` take of the host's memory at most, until the steps begin; all projections are edited. On a CPU.
 
     Args:
         sequences: requests and locality pairs.
@@ -202,9 +215,8 @@ def detectors_bytes(config: PKEConfig, sequences: int, layers: int, hidden_size:
     """
     if not wanted(config):
         return 0
-    values = sequences * (1 + OTHERS) * hidden_size  # of one layer
-    kept = min(LAYERS, layers) * values * itemsize
-    return kept + max(kept, FIT_BYTES * values + GRAM_BYTES * hidden_size**2)  # merged beside what it is merged from
+    kept = min(LAYERS, layers) * sequences * (1 + OTHERS) * hidden_size * itemsize
+    return kept + max(kept, fit_bytes(sequences, hidden_size))  # merged beside what it is merged from
 
 
 def _merged(side: Side, ranks: Ranks) -> Tensor:
@@ -259,24 +271,38 @@ class Pull:
         return float(self.sizes[nth] / self.count.clamp(min=1))
 
 
-def _fitted(
+def _fitted_where_it_fits(
     detector: _Detector, harmful: Tensor, benign: Tensor, direction: Tensor, size: float
-) -> tuple[int, Tensor, Tensor, Tensor]:
+) -> Fitted:
+    """`_fitted` on the layer's device, or where that has no memory for it on the CPU; its tensors are on the CPU."""
+    device = detector.down.computed
+    try:
+        row, *made = _fitted(detector, harmful.to(device), benign.to(device), direction.to(device), size)
+    except (RuntimeError, MemoryError) as error:
+        if device.type == "cpu" or not is_out_of_memory(error):
+            raise
+        row, *made = _fitted(detector, harmful, benign, direction, size)
+    gate, up, down = (values.cpu() for values in made)
+    return row, gate, up, down
+
+
+def _fitted(detector: _Detector, harmful: Tensor, benign: Tensor, direction: Tensor, size: float) -> Fitted:
     """Which of the hot spots, and its rows of gate and up and its column of down for a gain of 1.
 
     Args:
-        harmful, benign: the MLP's inputs, fp32 [N, 1 + OTHERS, d].
+        harmful, benign: the MLP's inputs, fp32 [N, 1 + OTHERS, d], on the device where it is fitted.
     """
     act = ACTIVATIONS[detector.act]
-    shift, lift = (None if c is None else _biases(c) for c in (detector.gate, detector.up))
+    device = harmful.device
+    shift, lift = (None if c is None else _biases(c).to(device) for c in (detector.gate, detector.up))
     assert shift is not None
 
     def active(x: Tensor, gate: Tensor, up: Tensor | None, shift: Tensor, lift: Tensor | None) -> Tensor:
         h = act(x @ gate.T + shift)
         return h if up is None or lift is None else h * (x @ up.T + lift)
 
-    gates, downs = detector.gate.old.cpu(), detector.down.old.cpu()
-    ups = None if detector.up is None else detector.up.old.cpu()
+    gates, downs = detector.gate.old.to(device), detector.down.old.to(device)
+    ups = None if detector.up is None else detector.up.old.to(device)
     said = active(benign.flatten(0, 1), gates, ups, shift, lift).abs().mean(0) * downs.norm(dim=1)
     row = int(said.argmin())  # what it says today on benign text is lost: the least of it
     shift, lift = shift[row], None if lift is None else lift[row]
@@ -299,7 +325,7 @@ def _biases(column: Columns) -> Tensor:
 def _constant(x: Tensor, others: Tensor) -> Tensor:
     """c with c . x about 1 for the rows of x and 0 for those of others: ridge regression, fp32 [d]."""
     gram = (x.T @ x + others.T @ others).double()
-    gram += CONSTANT_RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    gram += CONSTANT_RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64, device=x.device)
     return torch.linalg.solve(gram, x.sum(0).double()).float()
 
 
@@ -314,13 +340,11 @@ def fit_probe(harmful: Tensor, benign: Tensor, others: Tensor, constant: Tensor,
     """
     x = torch.cat([harmful, benign, others]).double()  # so that it ends at the same place whatever the rounding
     rms = torch.cat([harmful, benign]).double().square().mean().sqrt().clamp(min=1e-12)
-    y = (torch.arange(len(x)) < len(harmful)).double()
+    y = (torch.arange(len(x), device=x.device) < len(harmful)).double()
     shares = zip((0.5, 0.5, OTHERS_SHARE), (harmful, benign, others), strict=True)
-    weights = torch.cat(
-        [torch.full((len(part),), share / max(1, len(part)), dtype=torch.float64) for share, part in shares]
-    )
+    weights = torch.cat([x.new_full((len(part),), share / max(1, len(part))) for share, part in shares])
     ones = x @ constant.double()
-    w, b = (torch.zeros(n, dtype=torch.float64, requires_grad=True) for n in (x.shape[1], 1))
+    w, b = (x.new_zeros(n).requires_grad_() for n in (x.shape[1], 1))
     solver = torch.optim.LBFGS([w, b], **SOLVER)
 
     def closure() -> Tensor:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 import pke_fast
+from pke_fast.dtypes import STORED
 from pke_fast.errors import InputError, PatchError
 from pke_fast.journal import reading
 from pke_fast.kinds import PROJECTIONS
@@ -181,7 +182,7 @@ def _part(
 ) -> LayerPatch:
     neurons = torch.from_numpy(ids)
     _, tensor = old
-    dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[tensor.dtype]
+    dtype = STORED[tensor.dtype]
     blank = torch.empty((len(ids), tensor.shape[1 - projection.axis]), dtype=dtype)
     wanted = LayerPatch(
         projection.layer, projection.weight, projection.axis, neurons, blank, blank, projection.kind, projection.offset

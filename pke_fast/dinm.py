@@ -18,11 +18,12 @@ from torch import Tensor
 from pke_fast.batches import pack
 from pke_fast.columns import Columns, put_back_on_failure
 from pke_fast.config import PKEConfig
-from pke_fast.editing import Losses, Outcome, Step, Trainer
+from pke_fast.editing import Outcome
 from pke_fast.encoding import Encoded
 from pke_fast.pace import Pace, in_flight
 from pke_fast.structure import Structure
 from pke_fast.tape import record
+from pke_fast.trainer import Losses, Step, Trainer
 
 PARITY_STOP_LOSS = 1e-4  # the published loop ends below it
 

@@ -12,6 +12,8 @@ from pke_fast.prefix import LEAST, common
 if TYPE_CHECKING:
     from pke_fast.config import PKEConfig
 
+SHOWN = 60  # characters of a prompt in a message
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -140,5 +142,5 @@ class PromptEncoder:
             raise InputError("the tokenizer's chat template can't be used", got=str(error)) from error
 
 
-def _shorten(text: str, length: int = 60) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
+def _shorten(text: str) -> str:
+    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"

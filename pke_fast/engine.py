@@ -34,6 +34,7 @@ from pke_fast.resume import Resume, resumed_pace
 from pke_fast.scoring import drift
 from pke_fast.stages import Stages
 from pke_fast.structure import find_structure
+from pke_fast.versions import versions
 from pke_fast.workbench import Workbench, workbench
 
 SAMPLE_TOKENS = 40  # length of the answers shown before and after
@@ -85,7 +86,8 @@ class EditResult:
             if save_model:
                 self.model.save_pretrained(new / "model", safe_serialization=True)
                 self.tokenizer.save_pretrained(new / "model")
-            write_report(new, self.report, self.located.score_map, redact=redact)
+            spots = {layer: neurons.tolist() for layer, neurons in self.located.hot_spots.by_layer().items()}
+            write_report(new, self.report, self.located.score_map, spots, redact=redact)
         self.resume.finish()
 
 
@@ -313,7 +315,7 @@ def _planned(
             "settings": _digest(bench.config.as_dict()),
             "requests": _digest([request.as_dict() for request in requests]),
             "locality": _digest([dataclasses.asdict(pair) for pair in locality or ()]),
-            "versions": " ".join(f"{name} {version}" for name, version in summary.versions().items()),
+            "versions": " ".join(f"{name} {version}" for name, version in versions().items()),
             "ranks": str(bench.ranks.size),
             "memory budget": str(budget),
             "device": bench.device.partition(":")[0],  # ranks have several of a kind

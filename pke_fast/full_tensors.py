@@ -12,10 +12,11 @@ from torch import Tensor
 import pke_fast
 from pke_fast.base_model import BaseModel
 from pke_fast.deltas import LayerDelta
+from pke_fast.dtypes import bits_of
 from pke_fast.layer_patch import LayerPatch
 from pke_fast.shards import StoredTensor
-from pke_fast.stored import BITS, Target, read_at
-from pke_fast.streamed import Streamed, row_pieces, write_streamed
+from pke_fast.stored import BITS, Target, read_at, row_bands
+from pke_fast.streamed import PIECE, Streamed, write_streamed
 
 DELTAS = "delta.safetensors"
 BEFORE, AFTER = "weights_copy.safetensors", "weights.safetensors"
@@ -57,7 +58,7 @@ def _metadata(what: str) -> dict[str, str]:
 
 
 def _dense(deltas: Sequence[LayerDelta], shape: tuple[int, ...]) -> Iterator[Tensor]:
-    for first, end in row_pieces(shape[0], 4 * shape[1]):
+    for first, end in row_bands(shape[0], 4 * shape[1], PIECE):
         rows = torch.zeros(end - first, shape[1])
         for delta in deltas:
             _put(rows, first, delta.part.axis, delta.index, delta.delta)
@@ -68,9 +69,9 @@ def _stored(folder: Path, tensor: StoredTensor, dtype: torch.dtype, changes: Seq
     bits = BITS[tensor.dtype]
     row_bytes = tensor.shape[1] * bits.itemsize
     with FileIO(folder / tensor.shard) as file:
-        for first, end in row_pieces(tensor.shape[0], row_bytes):
+        for first, end in row_bands(tensor.shape[0], row_bytes, PIECE):
             raw = torch.empty(end - first, tensor.shape[1], dtype=dtype)
-            view = raw.view(torch.int32 if bits.itemsize == 4 else torch.int16).numpy().view(bits)
+            view = raw.view(bits_of(dtype)).numpy().view(bits)
             read_at(file, tensor.offset + first * row_bytes, view)
             for part in changes:
                 _put(raw, first, part.axis, part.index, part.new)

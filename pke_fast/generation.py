@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
 import torch
-from torch import nn
 
 from pke_fast.encoding import PromptEncoder
 from pke_fast.errors import InputError
 from pke_fast.memory import is_out_of_memory
+from pke_fast.modes import evaluating
 from pke_fast.placement import input_device
 from pke_fast.prefix import Prefix, common
 
@@ -97,19 +96,6 @@ def generate(
             if advance is not None:
                 advance(len(batch))
     return [answers[index] for index in range(len(encoded))]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode and without gradients; each of its modules is in its own mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> list[int]:

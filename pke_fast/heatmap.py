@@ -123,27 +123,6 @@ def learning_curve_png(steps: Sequence[Mapping[str, Any]], stopped: str | None =
     return png_of(figure)
 
 
-def highest_by_layer(
-    score_map: Tensor | NDArray[Any], counts: Mapping[int, int], exclude: Sequence[str] = ()
-) -> dict[int, list[int]]:
-    """The hot spots, from how many of them each layer has: they are its highest scores, ties by lowest index.
-
-    Args:
-        score_map: [L, D].
-        counts: hot spots by layer.
-        exclude: neurons that couldn't be chosen, each ``"layer:neuron"``.
-
-    Returns:
-        Neurons by layer, ascending.
-    """
-    scores = _as_array(score_map).astype(np.float32)  # the precision in which they were ranked
-    for name in exclude:
-        layer, neuron = name.split(":")
-        scores[int(layer), int(neuron)] = np.nan  # sorts last
-    order = {layer: np.argsort(-scores[layer], kind="stable")[:count] for layer, count in counts.items()}
-    return {layer: sorted(int(neuron) for neuron in chosen) for layer, chosen in order.items()}
-
-
 def _as_array(score_map: Tensor | NDArray[Any]) -> NDArray[np.float64]:
     if not isinstance(score_map, np.ndarray):
         score_map = score_map.detach().double().cpu().numpy()

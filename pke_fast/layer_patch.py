@@ -8,12 +8,11 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from pke_fast.dtypes import NAMES, bits_of
 from pke_fast.errors import PatchError
 from pke_fast.kinds import PROJECTIONS, Kind
 
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 TENSORS = ("neurons", "old", "new")
-_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 _REMAKE = "make the patch again with pke-fast edit"
 
 
@@ -61,7 +60,7 @@ class LayerPatch:
         shapes = f"old {list(self.old.shape)} {self.old.dtype}, new {list(self.new.shape)} {self.new.dtype}"
         if self.old.dim() != 2 or self.old.shape != self.new.shape or len(self.old) != len(ids):
             refuse(where, f"old and new values of {len(ids)} neurons, [n, d]", shapes)
-        if self.old.dtype != self.new.dtype or self.old.dtype not in DTYPES:
+        if self.old.dtype != self.new.dtype or self.old.dtype not in NAMES:
             refuse(where, "old and new values both in fp32, bf16 or fp16", shapes)
 
     @property
@@ -103,7 +102,7 @@ def check_weight(part: LayerPatch, where: str, shape: tuple[int, ...], dtype: st
             got=str(list(shape)),
             do="use the model that was edited",
         )
-    made = DTYPES[part.old.dtype]
+    made = NAMES[part.old.dtype]
     if dtype != made:
         raise PatchError(
             f"the patch was made in {made}, and {part.weight} of {where} is in {dtype}",
@@ -120,7 +119,7 @@ def differing(found: Tensor, expected: Tensor) -> int:
 
 def equal_rows(a: Tensor, b: Tensor) -> Tensor:
     """Which rows of two ``[n, d]`` of one dtype are equal bit for bit: bool ``[n]``."""
-    bits = _BITS[a.dtype]
+    bits = bits_of(a.dtype)
     return (a.view(bits) == b.view(bits)).all(dim=1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # our names, and torch's
 SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # transformers' words for a device_map that it makes
 
 
@@ -198,14 +198,13 @@ def resolve_device_map(device_map: str | dict[str, Any], device: str = "auto") -
 
 def resolve_dtype(dtype: str) -> torch.dtype | None:
     """The torch dtype of one of our names; None for "auto"."""
-    import torch
+    from pke_fast.dtypes import BY_NAME
 
     if dtype == "auto":
         return None
-    if dtype not in DTYPES:
-        raise InputError(f"unknown dtype: {dtype}", expected=f"auto or one of: {', '.join(DTYPES)}", got=dtype)
-    resolved: torch.dtype = getattr(torch, DTYPES[dtype])
-    return resolved
+    if dtype not in BY_NAME:
+        raise InputError(f"unknown dtype: {dtype}", expected=f"auto or one of: {', '.join(BY_NAME)}", got=dtype)
+    return BY_NAME[dtype]
 
 
 def check_finite(model: nn.Module) -> None:
@@ -261,14 +260,14 @@ def _resolve_name(name: str, stages: Stages) -> tuple[str, Path | None]:
 
 def _dtype_name(model: Any) -> str:
     """Our name of the dtype that most of the weights have."""
-    counts: dict[str, int] = {}
+    from pke_fast.dtypes import NAMES
+
+    counts: Counter[torch.dtype] = Counter()
     for parameter in model.parameters():
-        dtype = str(parameter.dtype).removeprefix("torch.")
-        counts[dtype] = counts.get(dtype, 0) + parameter.numel()
-    most = max(counts, key=lambda dtype: counts[dtype])
-    for name, dtype in DTYPES.items():
-        if dtype == most:
-            return name
-    raise InputError(
-        f"the model's weights are {most}", expected=f"one of: {', '.join(DTYPES)}", got=most, do="give --dtype fp32"
-    )
+        counts[parameter.dtype] += parameter.numel()
+    ((most, _),) = counts.most_common(1)
+    if most not in NAMES:
+        got = str(most).removeprefix("torch.")
+        expected = f"one of: {', '.join(NAMES.values())}"
+        raise InputError(f"the model's weights are {got}", expected=expected, got=got, do="give --dtype fp32")
+    return NAMES[most]

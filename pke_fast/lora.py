@@ -21,7 +21,8 @@ import pke_fast
 from pke_fast.deltas import LayerDelta
 from pke_fast.errors import PatchError
 from pke_fast.patch import Patch
-from pke_fast.streamed import Streamed, row_pieces, write_streamed
+from pke_fast.stored import row_bands
+from pke_fast.streamed import PIECE, Streamed, write_streamed
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MOST_SERVED = 512  # the highest max_lora_rank of vLLM
@@ -143,14 +144,14 @@ def write_adapter(folder: Path, adapter: Sequence[Module], patch: Patch, base: s
 
 
 def _one_hot_rows(index: Tensor, width: int) -> Iterator[Tensor]:
-    for first, end in row_pieces(len(index), 4 * width):
+    for first, end in row_bands(len(index), 4 * width, PIECE):
         rows = torch.zeros(end - first, width)
         rows[torch.arange(end - first), index[first:end]] = 1.0
         yield rows
 
 
 def _one_hot_columns(index: Tensor, width: int) -> Iterator[Tensor]:
-    for first, end in row_pieces(width, 4 * len(index)):
+    for first, end in row_bands(width, 4 * len(index), PIECE):
         rows = torch.zeros(end - first, len(index))
         here = ((index >= first) & (index < end)).nonzero().flatten()
         rows[index[here] - first, here] = 1.0

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pke_fast.dtypes import NAMES
 from pke_fast.errors import PKEError
 
 
@@ -46,6 +47,4 @@ def cuda_architectures() -> list[str]:
 
 def dtype_of(tensor: torch.Tensor) -> Any:
     """A tensor's dtype as the extension names it: fp32, bf16 or fp16."""
-    return getattr(
-        library().Dtype, {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[tensor.dtype]
-    )
+    return getattr(library().Dtype, NAMES[tensor.dtype])

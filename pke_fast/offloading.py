@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from pke_fast.errors import InputError
+from pke_fast.module_calls import replaced_forward
 from pke_fast.placement import BROUGHT, is_spread
 from pke_fast.staging import StagedLayer, Staging, frozen
-from pke_fast.structure import replaced_forward
 
 
 @contextmanager
@@ -79,20 +79,14 @@ class _Copies:
             if own is None or own.device == self._device:
                 continue
             if id(own) not in self._of:
-                self._of[id(own)] = frozen(own.detach().to(self._device))
+                with _no_room("the device has no memory for a weight", own.nbytes):
+                    self._of[id(own)] = frozen(own.detach().to(self._device))
                 self._keep(own, self._of[id(own)])
             module._parameters[name] = self._of[id(own)]
 
     def pin(self, layer: StagedLayer) -> None:
-        try:
+        with _no_room("the host has no memory to pin for a layer that is offloaded", layer.size):
             layer.pin(self._device)
-        except RuntimeError as error:
-            raise InputError(
-                "the host has no memory to pin for a layer that is offloaded",
-                expected=f"{layer.size / 2**20:.0f} MiB",
-                got=str(error).splitlines()[0],
-                do="raise --memory-budget, or close what else uses the host's memory",
-            ) from error
         for part in layer.parts:
             self._keep(part.own, part.home)
 
@@ -107,6 +101,19 @@ class _Copies:
                 now = copy.to(own.device)
                 if not torch.equal(_bits(own), _bits(now)):
                     own.copy_(now)
+
+
+@contextmanager
+def _no_room(what: str, size: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise InputError(
+            what,
+            expected=f"{size / 2**20:.0f} MiB",
+            got=str(error).splitlines()[0],
+            do="give another --memory-budget, or close what else uses memory",
+        ) from error
 
 
 def _bits(values: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 import pke_fast.ops  # noqa: F401  registers torch.ops.pke_fast
 from pke_fast import patch_file
+from pke_fast.dtypes import NAMES, called
 from pke_fast.errors import PatchError
 from pke_fast.kernels.sparse_columns import read_columns
 from pke_fast.kinds import PROJECTIONS
-from pke_fast.layer_patch import DTYPES, TENSORS, LayerPatch, check_weight, differing, incomplete, refuse
+from pke_fast.layer_patch import TENSORS, LayerPatch, check_weight, differing, incomplete, refuse
 from pke_fast.placement import can_be_written, live_weight
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Patch:
         for weight in dict.fromkeys(part.weight for part in self.layers):
             _check_apart([part for part in self.layers if part.weight == weight])
         if len({part.old.dtype for part in self.layers}) > 1:
-            refuse("the patch", "one dtype", ", ".join(sorted({DTYPES[part.old.dtype] for part in self.layers})))
+            refuse("the patch", "one dtype", ", ".join(sorted({NAMES[part.old.dtype] for part in self.layers})))
 
     def by_layer(self) -> dict[int, Tensor]:
         """Each changed layer's neurons, int64, ascending, each once whichever of its weights change."""
@@ -66,7 +67,7 @@ class Patch:
     @property
     def dtype(self) -> str:
         """``fp32``, ``bf16`` or ``fp16``: the dtype of the weights that it was made from."""
-        return DTYPES[self.layers[0].old.dtype]
+        return NAMES[self.layers[0].old.dtype]
 
     def describe(self) -> dict[str, Any]:
         """What the patch is, as JSON values: for `pke-fast show`.
@@ -236,7 +237,7 @@ def _weight(model: nn.Module, part: LayerPatch) -> Tensor:
             got=type(model).__name__,
             do="load the model that was edited, in the same way",
         ) from error
-    check_weight(part, "the model", tuple(weight.shape), DTYPES.get(weight.dtype, str(weight.dtype)))
+    check_weight(part, "the model", tuple(weight.shape), called(weight.dtype))
     if not can_be_written(model, part.weight):
         raise PatchError(
             f"{part.weight} is not in memory (meta device)",

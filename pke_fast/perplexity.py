@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pke_fast.errors import InputError, PKEError
-from pke_fast.generation import evaluating
+from pke_fast.modes import evaluating
 from pke_fast.placement import input_device
 
 MAX_TOKENS = 20_000

@@ -145,7 +145,7 @@ class Plan:
             pinned memory; the others wait where they are, in the host's memory or their mapped file.
         staging: room for the layers that are there just then.
         brought: bytes that are copied to the device in all.
-        detectors: on a CPU, what the edit's closed-form beginning keeps and takes (`detectors`).
+        detectors: what the edit's closed-form beginning keeps and takes (`detectors`); on a GPU, over a step.
         answering: of a token in flight, while the model answers prompts; 0 where nobody knows.
     """
 

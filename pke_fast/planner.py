@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import partial
 
@@ -16,8 +17,7 @@ import torch
 from pke_fast.batches import make_batch
 from pke_fast.columns import columns_of
 from pke_fast.config import PKEConfig
-from pke_fast.detectors import detectors_bytes, wanted
-from pke_fast.editing import Trainer, reached
+from pke_fast.detectors import detectors_bytes, fit_bytes, wanted
 from pke_fast.encoding import Encoded
 from pke_fast.errors import InputError
 from pke_fast.pace import LEAST_TOKENS, Pace
@@ -28,6 +28,7 @@ from pke_fast.scoring import LEAST_SEQUENCES, score_batch
 from pke_fast.staging import staging_bytes
 from pke_fast.structure import Structure
 from pke_fast.tape import Tape, record
+from pke_fast.trainer import Trainer, reached
 
 LOG = logging.getLogger(__name__)
 
@@ -126,13 +127,11 @@ class Planner:
         """The fastest plan with as few layers offloaded as must be, or all below those that are gone through again."""
         best = None
         for tokens in self._choices():
-            for least in range(1, len(self._sizes) + 1):
-                self._offloaded = least
-                kept = self._lightest("scoring", tokens), self._lightest("editing", tokens)
-                if self._made(tokens, *kept, budget).peak <= budget:
-                    break
-            else:
+            counts = range(1, len(self._sizes) + 1)
+            nth = bisect_left(counts, True, key=lambda count: self._fits_offloaded(count, tokens, budget))
+            if nth == len(counts):
                 continue
+            least = counts[nth]
             for offloaded in sorted({least, max(least, self._first)}):
                 self._offloaded = offloaded
                 whole = self._made(tokens, *self._most_kept(), budget)
@@ -142,6 +141,12 @@ class Planner:
                         best = fitted
         self._offloaded = 0 if best is None else best.layers_offloaded
         return best
+
+    def _fits_offloaded(self, count: int, tokens: int, budget: int) -> bool:
+        """Whether a plan fits with so many layers offloaded and the least kept. More offloaded take less."""
+        self._offloaded = count
+        kept = self._lightest("scoring", tokens), self._lightest("editing", tokens)
+        return self._made(tokens, *kept, budget).peak <= budget
 
     def _most_kept(self) -> tuple[int, int]:
         """How many layers may keep their graph, while scores are made and in an edit step."""
@@ -242,6 +247,8 @@ class Planner:
         editing += 2 * self._head * config.num_steps * answers
         scoring = forward * (scored * there + (scored - shared) * self._first)
         scoring += 2 * self._head * load.answer * (requests + pairs)
+        # What a step takes besides the columns, which are rehearsed with it.
+        step_bytes = max(0, self._peak("editing", tokens, editing_kept) - columns) if edits else 0
         return Plan(
             budget,
             len(structure.layers),
@@ -255,7 +262,7 @@ class Planner:
             self._peak("scoring", tokens, scoring_kept) if pke else 0,
             self._cache() if edits else 0,
             columns,
-            max(0, self._peak("editing", tokens, editing_kept) - columns) if edits else 0,  # they are rehearsed with it
+            step_bytes,
             scoring if pke else 0.0,
             editing if edits else 0.0,
             away + self._residence.away,
@@ -263,7 +270,7 @@ class Planner:
             self._pinned(),
             staging,
             self._brought(tokens, scored, stepped),
-            self._watched(),
+            self._watched(step_bytes),
             self._answering(),
         )
 
@@ -334,18 +341,15 @@ class Planner:
         again = self._config.num_steps * self._config.locality_batch_size / max(1, self._rest.locality)
         return 1 + min(1.0, again) * self._detecting
 
-    def _watched(self) -> int:
-        """What the edit's detectors take; they are made on the CPU."""
-        load, structure = self._rest, self._twin.structure
-        if self._kind != "cpu" or not self._detecting:
+    def _watched(self, step: int) -> int:
+        """What the edit's detectors take; on a GPU, fitting one over what a step takes, since they take turns."""
+        structure, sequences = self._twin.structure, self._rest.requests + self._rest.locality
+        if not self._detecting:
             return 0
-        return detectors_bytes(
-            self._config,
-            load.requests + load.locality,
-            self._window[1] - self._window[0],
-            structure.hidden_size,
-            structure.dtype.itemsize,
-        )
+        if self._kind != "cpu":
+            return max(0, fit_bytes(sequences, structure.hidden_size) - step)
+        layers = self._window[1] - self._window[0]
+        return detectors_bytes(self._config, sequences, layers, structure.hidden_size, structure.dtype.itemsize)
 
     def _brought(self, tokens: int, scored: float, stepped: float) -> int:
         """Bytes of offloaded layers that are copied: once on the way up, once more on the way back."""

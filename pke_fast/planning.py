@@ -27,6 +27,7 @@ RESIDENT = 0.7  # of what is free: a model that takes no more is loaded on the d
 # Of the rate of one product alone, what a job reaches: measured on a CPU (measured.md), and what is aimed at on a GPU.
 REACHED = {"cpu": 0.5, "cuda": 0.45}
 COPIED = 2**26  # bytes by which a copy's rate is measured
+TIMED = 0.3  # seconds for which a rate is measured
 PINNED = 0.5  # of what the host has free: pinned memory can't be swapped out, and torch takes powers of two of it
 
 
@@ -161,8 +162,8 @@ def copy_rate(device: str) -> float:
     return COPIED / _least_seconds(lambda: there.copy_(here, non_blocking=True), device)
 
 
-def _least_seconds(work: Callable[[], Any], device: str, seconds: float = 0.3) -> float:
-    best, end = float("inf"), time.perf_counter() + seconds
+def _least_seconds(work: Callable[[], Any], device: str) -> float:
+    best, end = float("inf"), time.perf_counter() + TIMED
     while best == float("inf") or time.perf_counter() < end:
         start = time.perf_counter()
         work()

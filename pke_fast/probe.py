@@ -17,9 +17,10 @@ from torch import Tensor
 from pke_fast.batches import make_batch, packing
 from pke_fast.encoding import Encoded
 from pke_fast.errors import InputError
+from pke_fast.module_calls import first_tensor, hooks
 from pke_fast.pace import in_flight, told_once
 from pke_fast.roc import Roc, roc
-from pke_fast.structure import Structure, first_tensor, hooks
+from pke_fast.structure import Structure
 from pke_fast.tape import passed_over
 from pke_fast.workbench import Workbench
 

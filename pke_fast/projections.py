@@ -80,13 +80,12 @@ def projections_of(model: Any) -> list[Projection]:
     """The projections of a model's MLPs by its structure, not probed; also of one on the meta device."""
     from pke_fast.structure import find_mlps
 
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = []
     for layer, mlp in enumerate(find_mlps(model)):
-        inputs = [names[id(module.weight)] for module in (mlp.gate, mlp.up) if module is not None]
-        width = model.get_parameter(mlp.weight).shape[mlp.axis]
-        found += _inputs(layer, inputs, 1 - mlp.axis, width)
-        found.append(Projection(layer, "down", mlp.weight, mlp.axis, width))
+        neurons = model.get_parameter(mlp.weight).shape[mlp.axis]
+        for kind in mlp.kinds:
+            place = mlp.place(kind)
+            found.append(Projection(layer, kind, place.weight, place.axis, neurons, place.offset))
     return found
 
 

@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 REDACTED = "[redacted]"
 
 
-def write_report(folder: Path, report: Mapping[str, Any], score_map: Tensor | None, redact: bool = False) -> None:
+def write_report(
+    folder: Path,
+    report: Mapping[str, Any],
+    score_map: Tensor | None = None,
+    hot_spots: Mapping[int, Sequence[int]] | None = None,
+    *,
+    redact: bool = False,
+) -> None:
     """Writes report.json and report.html into a folder that exists; a file is complete or isn't there.
 
     Args:
@@ -30,10 +37,12 @@ def write_report(folder: Path, report: Mapping[str, Any], score_map: Tensor | No
         report: what `edit` found out (docs/design.md lists the keys); `evaluation`, `samples`, `losses`, `stages`,
             `warnings` and `files` may be missing or empty and are then left out of the page.
         score_map: [L, D] scores that the hot spots are the highest of, NaN where not scored; None: no heatmap.
+        hot_spots: neurons by layer, to be marked on it.
         redact: put "[redacted]" for every answer to a harmful prompt, in both files.
     """
     plain = as_json(report, redact)
-    page = render_page(plain, score_map, redact)
+    pictures = _pictures(plain, score_map, hot_spots or {})
+    page = render_page(plain, pictures, redact)
     data = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     for name, text in (("report.json", data), ("report.html", page)):
         with atomic_write(folder / name) as path:
@@ -68,7 +77,7 @@ def strict(value: Any) -> Any:
     return strict(value.tolist()) if hasattr(value, "tolist") else value
 
 
-def render_page(report: Mapping[str, Any], score_map: Tensor | None, redact: bool) -> str:
+def render_page(report: Mapping[str, Any], pictures: Mapping[str, tuple[str, str]], redact: bool) -> str:
     """report.html as text. `report` holds plain values only (`strict`)."""
     from jinja2 import Environment, StrictUndefined
 
@@ -85,7 +94,7 @@ def render_page(report: Mapping[str, Any], score_map: Tensor | None, redact: boo
         figures=_figures(report),
         comparison=by_group(_compared(data)) if data else {},
         categories=_by_category(data) if data else {},
-        pictures=_pictures(report, score_map),
+        pictures=pictures,
         layers=_layers(report["hot_spots"]),
         has_paths=any(path is not None for path in report["hot_spots"].get("layer_path") or []),
         neurons=_neurons(report["hot_spots"].get("top") or []),
@@ -151,17 +160,18 @@ def _figures(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return found
 
 
-def _pictures(report: Mapping[str, Any], score_map: Tensor | None) -> dict[str, tuple[str, str]]:
+def _pictures(
+    report: Mapping[str, Any], score_map: Tensor | None, hot_spots: Mapping[int, Sequence[int]]
+) -> dict[str, tuple[str, str]]:
     """Pictures by name, each as data URIs for a light and for a dark page."""
     from pke_fast.fronts import before_after_png, strengths_png
-    from pke_fast.heatmap import heatmap_png, highest_by_layer, learning_curve_png
+    from pke_fast.heatmap import heatmap_png, learning_curve_png
 
     draw: dict[str, Callable[[bool], bytes | None]] = {}
-    hot, losses = report["hot_spots"], report.get("losses") or {}
+    losses = report.get("losses") or {}
     if score_map is not None:
-        counts = {int(layer): int(count) for layer, count in hot["by_layer"].items()}
-        spots = highest_by_layer(score_map, counts, report["settings"].get("exclude") or ())
-        draw["heatmap"] = lambda dark: heatmap_png(score_map, hot["window"], spots, dark=dark)
+        window = report["hot_spots"]["window"]
+        draw["heatmap"] = lambda dark: heatmap_png(score_map, window, hot_spots, dark=dark)
     if steps := losses.get("steps"):
         draw["curve"] = lambda dark: learning_curve_png(steps, losses.get("stopped"), dark=dark)
     if data := report.get("evaluation"):

@@ -1,7 +1,8 @@
 """What an interrupted run goes on from: the state of its parts, kept in a folder every few minutes.
 
 The state is all that decides the rest of the run, so a run that was killed at any point and started again with the same
-folder ends with the same bytes as one that never was (on the same machine, with the same versions and plan).
+folder ends with the same bytes as one that never was (on the same machine, with the same versions and plan; on a
+GPU to the rounding of attention, whose backward adds up in any order).
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class Resume:
 
     Args:
         folder: made where it isn't there; None for a run that keeps nothing.
-        job: what decides the result (model, requests, settings, plan, versions), to be compared on the next start.
+        job: what decides the result (model, requests, settings, versions, budget), to be compared on the next start.
         minutes: between two states of a part, 0 for every one; None: `EVERY_MINUTES`.
         rank: several ranks share a folder; each keeps its own parts, the first one the job.
 

@@ -19,12 +19,13 @@ from pke_fast.encoding import Encoded
 from pke_fast.errors import InputError
 from pke_fast.kernels.glu_score import segment_sum
 from pke_fast.memory import is_out_of_memory
+from pke_fast.module_calls import hooks, replaced_forward
 from pke_fast.objective import answer_loss
 from pke_fast.pace import Pace, in_flight
 from pke_fast.placement import brought_at_every_call, stored_weight
 from pke_fast.ranks import ALONE, Ranks
 from pke_fast.resume import NOWHERE, Snapshot
-from pke_fast.structure import MLP, Structure, hooks, replaced_forward
+from pke_fast.structure import MLP, Structure
 from pke_fast.tape import Tape, record, record_whole
 
 LEAST_SEQUENCES = 32  # for which what all begin with is run by itself in the layers below

@@ -128,7 +128,11 @@ class Staging:
         slot = self._bring(index)
         self._used = slot
         coming, self._coming[slot] = self._coming[slot], None
-        arrived = coming.result() if coming is not None else None
+        try:
+            arrived = coming.result() if coming is not None else None
+        except BaseException:
+            self._held[slot] = None  # it isn't there
+            raise
         if arrived is not None:
             torch.cuda.current_stream(self.execution_device).wait_event(arrived)
         self._layers[index].enter(self._slots[slot])

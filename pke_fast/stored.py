@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pke_fast.dtypes import NAMES, STORED, bits_of
 from pke_fast.errors import PatchError, PKEError
 from pke_fast.layer_patch import LayerPatch, check_weight, differing
 from pke_fast.patch import Patch
@@ -20,7 +21,6 @@ from pke_fast.shards import StoredTensor
 
 # Bytes read or written at once. At 1 MiB and more, writing was up to six times slower (Linux 6.18, ext4: huge pages).
 BAND = 512 * 2**10
-DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 BITS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<u4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<u2")}
 
 
@@ -75,7 +75,8 @@ def _find(tensors: dict[str, StoredTensor], part: LayerPatch, source: Path) -> T
             do="use the checkpoint that was edited",
         )
     tensor = tensors[names[0]]
-    check_weight(part, f"the checkpoint {source}", tensor.shape, DTYPES.get(tensor.dtype, tensor.dtype))
+    dtype = STORED.get(tensor.dtype)
+    check_weight(part, f"the checkpoint {source}", tensor.shape, NAMES[dtype] if dtype else tensor.dtype)
     return Target(part, tensor)
 
 
@@ -99,7 +100,7 @@ def read_neurons(file: FileIO, target: Target) -> Tensor:
     else:
         for first, end in row_bands(tensor.shape[0], tensor.shape[1] * bits.itemsize):
             values[:, first:end] = np.take(_read_rows(file, tensor, bits, first, end), ids, axis=1).T
-    return torch.from_numpy(values.view(np.int32 if bits.itemsize == 4 else np.int16)).view(part.old.dtype)
+    return torch.from_numpy(values.view(f"i{bits.itemsize}")).view(part.old.dtype)
 
 
 def write_neurons(file: FileIO, target: Target, new: Tensor, source: FileIO | None = None) -> None:
@@ -110,7 +111,7 @@ def write_neurons(file: FileIO, target: Target, new: Tensor, source: FileIO | No
     """
     part, tensor = target.part, target.tensor
     ids, bits = part.index.numpy(), BITS[tensor.dtype]
-    values = new.view(torch.int32 if bits.itemsize == 4 else torch.int16).numpy().view(bits)
+    values = new.view(bits_of(new.dtype)).numpy().view(bits)
     row_bytes = tensor.shape[1] * bits.itemsize
     if part.axis == 0:
         if source is not None:
@@ -145,9 +146,9 @@ def verify(file: FileIO, target: Target, new: Tensor) -> None:
         )
 
 
-def row_bands(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    """First and end of bands of whole rows, of `BAND` bytes or of one row."""
-    step = max(1, BAND // max(1, row_bytes))
+def row_bands(rows: int, row_bytes: int, band: int = BAND) -> Iterator[tuple[int, int]]:
+    """First and end of bands of whole rows, of so many bytes or of one row."""
+    step = max(1, band // max(1, row_bytes))
     for first in range(0, rows, step):
         yield first, min(first + step, rows)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,10 +48,3 @@ def write_streamed(path: Path, tensors: Mapping[str, Streamed], metadata: Mappin
             wanted = shapes[name].numel() * shapes[name].element_size()
             if file.tell() - start != wanted:
                 raise PKEError(f"{name} changed while it was written", expected=f"{wanted:,} bytes")
-
-
-def row_pieces(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    """First and end of bands of whole rows, of `PIECE` bytes or of one row."""
-    step = max(1, PIECE // max(1, row_bytes))
-    for first in range(0, rows, step):
-        yield first, min(first + step, rows)

@@ -7,18 +7,19 @@ each other (which is the gate, which activation is between them) is read off a s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pke_fast.errors import InputError
 from pke_fast.kernels.edit_loss import logits_of
 from pke_fast.kernels.glu_score import ACTIVATIONS
 from pke_fast.kinds import PROJECTIONS, Kind
+from pke_fast.module_calls import first_tensor, hooks, split_hidden
 from pke_fast.placement import brought, check_placement, comes_and_goes, device_of, input_device, live_weight
 
 CONFIGURED = {  # what configurations call the activations
@@ -38,8 +39,6 @@ class MLP:
     Attributes:
         module: the module that holds the projections.
         down: the down projection; its weight is [d, D] (axis 1) or, as transformers' Conv1D stores it, [D, d] (axis 0).
-        weight: the name of `down`'s weight among the model's parameters.
-        axis: the dimension of that weight that counts neurons.
         gate, up: the projections into the MLP; `up` is None for a plain MLP, and is `gate` for one fused [2D, d].
         names: the names of all its projections' weights, by the module's id.
         act: a name in `ACTIVATIONS`; None where no form gives h, which is then taken at `down`'s input.
@@ -47,12 +46,20 @@ class MLP:
 
     module: nn.Module
     down: nn.Module
-    weight: str
-    axis: int
     gate: nn.Module
     up: nn.Module | None
     names: Mapping[int, str]
     act: str | None = None
+
+    @property
+    def weight(self) -> str:
+        """The name of `down`'s weight among the model's parameters."""
+        return self.place("down").weight
+
+    @property
+    def axis(self) -> int:
+        """The dimension of that weight that counts neurons."""
+        return self.place("down").axis
 
     @property
     def fused(self) -> bool:
@@ -72,10 +79,9 @@ class MLP:
         """Where a projection keeps its neurons."""
         module = {"gate": self.gate, "up": self.up, "down": self.down}[kind]
         assert module is not None
-        transposed = type(module).__name__ == "Conv1D"
         out, _ = _linear_shape(module) or (0, 0)
         offset = out // 2 if kind == "up" and self.fused else 0
-        return Place(module, self.names[id(module)], int(transposed != (kind == "down")), offset)
+        return Place(module, self.names[id(module)], int(_transposed(module) != (kind == "down")), offset)
 
 
 class Place(NamedTuple):
@@ -234,14 +240,18 @@ def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
+def _transposed(module: nn.Module) -> bool:
+    """Whether its weight is [in, out], as that of transformers' Conv1D."""
+    return type(module).__name__ == "Conv1D"
+
+
 def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(out, in) of a linear layer, of transformers' transposed Conv1D too."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or isinstance(module, nn.Embedding):
         return None
-    return (
-        (weight.shape[1], weight.shape[0]) if type(module).__name__ == "Conv1D" else (weight.shape[0], weight.shape[1])
-    )
+    rows, columns = weight.shape
+    return (columns, rows) if _transposed(module) else (rows, columns)
 
 
 def _find_mlp(layer: nn.Module, d: int, names: dict[int, str], index: int) -> MLP:
@@ -271,9 +281,8 @@ def _find_mlp(layer: nn.Module, d: int, names: dict[int, str], index: int) -> ML
                 raise InputError(
                     f"the {what} projection of layer {index} has no plain weight", do="remove its parametrisation"
                 )
-        axis = 0 if type(down).__name__ == "Conv1D" else 1
         own = {id(projection): names[id(projection.weight)] for projection in (gate, up, down) if projection}
-        return MLP(module, down, names[id(down.weight)], axis, gate, up, own)
+        return MLP(module, down, gate, up, own)
     listing = ", ".join(
         f"{name} {list(shape)}" for name, module in layer.named_modules() if (shape := _linear_shape(module))
     )
@@ -291,52 +300,6 @@ class _Probe:
     mlps: tuple[MLP, ...]
     tail: tuple[nn.Module, ...]
     tuples: bool
-
-
-def first_tensor(output: Any) -> Tensor:
-    """A layer's hidden state: some return it alone, some first in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-def split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """A decoder layer's call as its hidden state and the rest of its arguments."""
-    if args:
-        return args[0], args[1:], kwargs
-    rest = dict(kwargs)
-    return rest.pop("hidden_states"), (), rest
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-
-
-@contextmanager
-def hooks(*handles: Any) -> Iterator[None]:
-    """Keeps module hooks for the length of a block."""
-    with ExitStack() as stack:
-        for handle in handles:
-            stack.callback(handle.remove)
-        yield
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another forward for the length of a block; then what was there before, someone else's patch included."""
-    own = vars(module).get("forward")
-    try:
-        module.forward = forward
-        yield
-    finally:
-        if own is None:
-            vars(module).pop("forward", None)
-        else:
-            module.forward = own
 
 
 def _probe(
@@ -368,7 +331,7 @@ def _probe(
     def check_call(index: int) -> Any:
         def check(_module: nn.Module, args: Any, kwargs: Any) -> Any:
             _, rest, named = split_hidden(args, kwargs)
-            if any(tensor.requires_grad for tensor in _tensors((rest, named))):
+            if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((rest, named))):
                 dependent.append(index)
             return attach(_module, args, kwargs)
 
@@ -474,7 +437,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b.to(a.device))
 
 
-def _close(ours: Tensor, theirs: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+def _close(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
     """Equal up to a few roundings of the dtype, relative to the largest value."""
     tolerance = 1e-4 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
     return bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max().clamp(min=1e-6))

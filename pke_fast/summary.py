@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
-import platform
-from importlib import metadata
 from typing import Any
 
 import pke_fast
+from pke_fast.dtypes import called
 from pke_fast.editing import STEPS, Outcome
 from pke_fast.locating import SCORING, Located
 from pke_fast.patch import Patch
@@ -17,21 +16,11 @@ from pke_fast.plan import Plan
 from pke_fast.planning import PLANNING
 from pke_fast.preparation import Job
 from pke_fast.structure import Structure
+from pke_fast.versions import versions
 from pke_fast.workbench import Workbench
 
 TOP_NEURONS = 100
-DTYPES = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
 LITTLE = 0.1  # an edit that takes less than this share off the loss is as good as none
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide results."""
-    names = ("torch", "transformers", "safetensors", "numpy")
-    return {
-        "pke_fast": pke_fast.__version__,
-        "python": platform.python_version(),
-        **{n: metadata.version(n) for n in names},
-    }
 
 
 def now() -> str:
@@ -52,7 +41,7 @@ def facts_of(structure: Structure, name: str, fingerprint: str) -> dict[str, Any
         "layers": len(structure.layers),
         "neurons_per_layer": structure.neurons,
         "hidden_size": structure.hidden_size,
-        "dtype": DTYPES.get(str(structure.dtype), str(structure.dtype)),
+        "dtype": called(structure.dtype),
         "device": ", ".join(dict.fromkeys(str(structure.device_of(i)) for i in range(len(structure.layers)))),
     }
 

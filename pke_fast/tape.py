@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pke_fast.batches import Batch
+from pke_fast.module_calls import first_tensor, hooks, replaced_forward, split_hidden
 from pke_fast.placement import downwards
 from pke_fast.prefix import KeysAndValues, Prefix
-from pke_fast.structure import Structure, first_tensor, hooks, replaced_forward, split_hidden
+from pke_fast.structure import Structure
 
 _CACHE = object()
 _IN_BEGINNING: ContextVar[bool] = ContextVar("in_beginning", default=False)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
+from pke_fast.console import (
+    half_width,
+    heading,
+    new_table,
+    one_line,
+    safe,
+    safe_text,
+    show_pairs,
+    show_table,
+    show_text,
+    side_by_side,
+    wrapped,
+)
 from pke_fast.report import redacted
 from pke_fast.wording import by_group, commands, comparison, duration, number, percent, size, summary
 
@@ -21,24 +30,19 @@ if TYPE_CHECKING:
     from pke_fast.wording import Measure
 
 _LINES = 4  # of an answer; the report has it whole
-_WIDEST = 120
-_DIRECTION_MARKS = dict.fromkeys(
-    (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
-)  # they can reorder what is around them
-_ASCII = str.maketrans({"–": "-", "→": "->", "…": "...", "█": "#", "│": "|"})
 _VERDICTS = {"better": "green", "worse": "red", "same": "dim"}
 
 
 def edit_summary(console: Console, report: Mapping[str, Any], folder: Path, *, redact: bool = False) -> None:
     """All that an edit found out, in the order in which one asks; warnings come last, where they are seen."""
-    _heading(console, "Done")
-    _print(console, summary(report), indent=2)
+    heading(console, "Done")
+    show_text(console, summary(report), indent=2)
     refused = (report.get("requests") or {}).get("already_refused")
     if refused:
-        _print(console, f"{refused:,} requests were left out: the model refuses them already.", indent=2)
+        show_text(console, f"{refused:,} requests were left out: the model refuses them already.", indent=2)
     held = (report.get("requests") or {}).get("held_out")
     if held:
-        _print(console, f"{held:,} requests were held out of the edit, to measure it.", indent=2)
+        show_text(console, f"{held:,} requests were held out of the edit, to measure it.", indent=2)
     evaluated = report.get("evaluation")
     if evaluated:
         before_after(console, evaluated["before"], evaluated["after"], evaluated.get("difference"))
@@ -60,7 +64,7 @@ def before_after(
     lines = comparison(before, after, difference)
     _measures(console, "Before and after (less is better)", lines, both=True)
     if any(line.difference for line in lines):
-        _print(console, "In brackets: the change's 95 % interval, paired by prompt.", indent=2, style="dim")
+        show_text(console, "In brackets: the change's 95 % interval, paired by prompt.", indent=2, style="dim")
 
 
 def evaluation(console: Console, figures: Mapping[str, Any]) -> None:
@@ -74,21 +78,21 @@ def evaluation(console: Console, figures: Mapping[str, Any]) -> None:
             f"{number(cost['tokens_per_second'])} tokens/s: {cost['tokens']:,} tokens in {duration(cost['seconds'])}"
         )
         reused = f"; {cost['reused']:,} answers were kept from an earlier run" if cost.get("reused") else ""
-        _print(console, speed + reused, indent=2, style="dim")
+        show_text(console, speed + reused, indent=2, style="dim")
 
 
 def losses(console: Console, found: Mapping[str, Any]) -> None:
     """The losses before and after, over all requests or some 256 of them, and why the edit stopped."""
-    _heading(console, "Losses in nats per token")
-    table = _table(("", "left"), ("before", "right"), ("after", "right"))
+    heading(console, "Losses in nats per token")
+    table = new_table(("", "left"), ("before", "right"), ("after", "right"))
     for key, label in (("edit", "safe answers"), ("kl", "KL on harmless prompts")):
-        values = [_text(console, number(found[side][key])) for side in ("before", "after")]
+        values = [safe_text(console, number(found[side][key])) for side in ("before", "after")]
         table.add_row(label, *values)
-    _show(console, table)
+    show_table(console, table)
     if found.get("stopped"):
         strength = found.get("strength", 1)
         more = "" if strength == 1 else f"; strength {strength:g}"
-        _print(console, f"Stopped: {found['stopped']}{more}", indent=2, style="dim")
+        show_text(console, f"Stopped: {found['stopped']}{more}", indent=2, style="dim")
 
 
 def answers(console: Console, samples: Sequence[Mapping[str, Any]], *, redact: bool = False, per_kind: int = 3) -> None:
@@ -101,45 +105,45 @@ def answers(console: Console, samples: Sequence[Mapping[str, Any]], *, redact: b
     for title, shown in kinds.items():
         if not shown:
             continue
-        _heading(console, f"{title}: answers before (left) and after (right)")
+        heading(console, f"{title}: answers before (left) and after (right)")
         if title == "Harmful prompts":
             what = "harmful requests" if redact else "harmful requests and answers to them"
-            _print(console, f"Content warning: {what} follow.", indent=2, style="bold yellow")
+            show_text(console, f"Content warning: {what} follow.", indent=2, style="bold yellow")
         for sample in shown:
             console.print()
-            _print(console, _one_line(sample["prompt"]), indent=2, style="bold")
-            width = _half(console)
-            before, after = (_wrapped(console, _one_line(sample[side]), width, _LINES) for side in ("before", "after"))
-            _side_by_side(console, before, after)
+            show_text(console, one_line(sample["prompt"]), indent=2, style="bold")
+            width = half_width(console)
+            before, after = (wrapped(console, one_line(sample[side]), width, _LINES) for side in ("before", "after"))
+            side_by_side(console, before, after)
 
 
 def exchange(console: Console, prompt: str, before: str, after: str | None = None) -> None:
     """One prompt with its answer, or with both answers side by side, whole."""
     console.print()
-    _print(console, prompt, style="bold")
+    show_text(console, prompt, style="bold")
     if after is None:
-        _print(console, before.strip() or "(empty)", indent=2)
+        show_text(console, before.strip() or "(empty)", indent=2)
         return
-    _side_by_side(console, [Text("before")], [Text("after")], style="dim")
-    width = _half(console)
-    _side_by_side(console, _wrapped(console, before, width), _wrapped(console, after, width))
+    side_by_side(console, [Text("before")], [Text("after")], style="dim")
+    width = half_width(console)
+    side_by_side(console, wrapped(console, before, width), wrapped(console, after, width))
 
 
 def hot_spots(console: Console, report: Mapping[str, Any]) -> None:
     """Bars of how many hot spots each layer has, the uppermost layer first."""
     hot = report["hot_spots"]
     counts = {int(layer): int(count) for layer, count in hot["by_layer"].items() if count}
-    _heading(console, "Hot spots by layer")
+    heading(console, "Hot spots by layer")
     low, end = hot["window"]
     where = f"layer {low}" if end - low == 1 else f"layers {low} to {end - 1}"
-    _print(console, f"{hot['k']:,} neurons, sought in {where}", indent=2, style="dim")
+    show_text(console, f"{hot['k']:,} neurons, sought in {where}", indent=2, style="dim")
     if not counts:
         return
     longest = min(60, max(10, console.width - 24))
     for layer in range(max(counts), min(counts) - 1, -1):
         count = counts.get(layer, 0)
         bar = "█" * max(1 if count else 0, round(longest * count / max(counts.values())))
-        line = Text.assemble(f"  {layer:>4}  ", (_shown(console, bar), "cyan"), f" {count:,}")
+        line = Text.assemble(f"  {layer:>4}  ", (safe(console, bar), "cyan"), f" {count:,}")
         console.print(line, no_wrap=True, overflow="ignore", crop=False)
 
 
@@ -147,16 +151,16 @@ def stages(console: Console, done: Sequence[Mapping[str, Any]]) -> None:
     """Seconds and peak memory of each stage."""
     if not done:
         return
-    _heading(console, "Time and memory")
-    table = _table(("", "left"), ("time", "right"), ("peak memory", "right"), ("over the model", "right"))
+    heading(console, "Time and memory")
+    table = new_table(("", "left"), ("time", "right"), ("peak memory", "right"), ("over the model", "right"))
     for stage in done:
         cells = (stage["name"], duration(stage["seconds"]), size(stage["peak_bytes"]), size(stage["over_bytes"]))
-        table.add_row(*(_text(console, cell) for cell in cells))
+        table.add_row(*(safe_text(console, cell) for cell in cells))
     table.add_section()
     peaks = [[stage[key] for stage in done if stage[key] is not None] for key in ("peak_bytes", "over_bytes")]
     total = (duration(sum(stage["seconds"] for stage in done)), *(size(max(peak, default=None)) for peak in peaks))
-    table.add_row("all", *(_text(console, cell) for cell in total), style="bold")
-    _show(console, table)
+    table.add_row("all", *(safe_text(console, cell) for cell in total), style="bold")
+    show_table(console, table)
 
 
 def _offloaded(layers: Mapping[str, int]) -> dict[str, str]:
@@ -181,7 +185,7 @@ def plan(console: Console, found: Mapping[str, Any]) -> None:
             "memory budget": "none" if found["budget"] is None else f"{found['budget'] / 2**30:.2f} GiB",
         },
     )
-    table = _table(("memory, MiB", "left"), ("foretold", "right"), ("measured", "right"))
+    table = new_table(("memory, MiB", "left"), ("foretold", "right"), ("measured", "right"))
     rows = (
         ("Python and its libraries", "process"),
         ("weights", "weights"),
@@ -201,13 +205,13 @@ def plan(console: Console, found: Mapping[str, Any]) -> None:
     for text, name in rows:
         measured = taken.get(name)
         table.add_row(text, f"{sizes[name] / 2**20:,.0f}", "" if measured is None else f"{measured / 2**20:,.0f}")
-    _show(console, table)
+    show_table(console, table)
     if "seconds" in found:
         seconds = found["seconds"]
         text = f"about {seconds['locating']:,.0f} s to locate and {seconds['editing']:,.0f} s to edit"
         if "bringing" in seconds:
             text += f", or {seconds['bringing']:,.0f} s in all if bringing the offloaded layers takes longer"
-        _print(console, f"{text}, beside the answers that the model is asked for first", indent=1)
+        show_text(console, f"{text}, beside the answers that the model is asked for first", indent=1)
     warnings(console, found.get("notes") or [])
 
 
@@ -215,24 +219,24 @@ def files(console: Console, folder: Path, written: Mapping[str, str]) -> None:
     """The files written, and what each is."""
     if not written:
         return
-    _heading(console, "Files")
-    _print(console, str(folder), indent=2, style="bold", soft_wrap=True)
-    _pairs(console, written, indent=4)
+    heading(console, "Files")
+    show_text(console, str(folder), indent=2, style="bold", soft_wrap=True)
+    show_pairs(console, written, indent=4)
 
 
 def warnings(console: Console, messages: Sequence[str]) -> None:
     """Warnings, loudly."""
     for message in messages:
         console.print()
-        _print(console, f"WARNING: {message}", style="bold red")
+        show_text(console, f"WARNING: {message}", style="bold red")
 
 
 def next_steps(console: Console, model: str, folder: Path) -> None:
     """What to do with the patch, and how to do the same with another model; commands aren't broken into lines."""
-    _heading(console, "Use it")
+    heading(console, "Use it")
     for what, command in commands(model, str(Path(folder) / "patch.safetensors")):
         _command(console, what, command)
-    _heading(console, "The same with your own model and requests")
+    heading(console, "The same with your own model and requests")
     _command(
         console,
         'MODEL: a hub id, a local folder or a .gguf file; FILE: lines of {"prompt": ...}, a CSV or plain text',
@@ -242,8 +246,8 @@ def next_steps(console: Console, model: str, folder: Path) -> None:
 
 def facts(console: Console, title: str, found: Mapping[str, Any]) -> None:
     """Labels and values under a title."""
-    _heading(console, title)
-    _pairs(console, found, indent=2)
+    heading(console, title)
+    show_pairs(console, found, indent=2)
 
 
 def patch(console: Console, description: Mapping[str, Any]) -> None:
@@ -253,14 +257,14 @@ def patch(console: Console, description: Mapping[str, Any]) -> None:
     known |= {"base": base.get("name"), "fingerprint": base.get("fingerprint")}
     known["made by"] = (description.get("made_from") or {}).get("how")
     facts(console, "Patch", {key: value for key, value in known.items() if value is not None})
-    _heading(console, "By layer")
+    heading(console, "By layer")
     titles = ("layer", "projection", "weight", "neurons", "change")
-    table = _table(*((title, "left" if title in ("projection", "weight") else "right") for title in titles))
+    table = new_table(*((title, "left" if title in ("projection", "weight") else "right") for title in titles))
     for part in description["layers"]:
         numbers = (f"{part['neurons']:,}", percent(part["relative_change"]))
         cells = (part["layer"], part["projection"], part["weight"], *numbers)
-        table.add_row(*(_text(console, cell) for cell in cells))
-    _show(console, table)
+        table.add_row(*(safe_text(console, cell) for cell in cells))
+    show_table(console, table)
     if found.get("before") and found.get("after"):
         losses(console, found)
 
@@ -277,113 +281,24 @@ def doctor(console: Console, found: Mapping[str, Any]) -> None:
 
 
 def _measures(console: Console, title: str, lines: Sequence[Measure], both: bool) -> None:
-    _heading(console, title)
+    heading(console, title)
     ends = [("before", "right"), ("after", "right"), ("change", "right")]
     ends = ends if both else [("", "right"), ("95 % interval", "right")]
-    table = _table(("", "left"), *ends)
+    table = new_table(("", "left"), *ends)
     for group, members in by_group(lines).items():
         count = members[0].prompts
         table.add_row(Text(f"{group} ({count:,})" if count else group, style="bold"))
         for line in members:
-            cells = [_text(console, f"  {line.name}"), _text(console, line.text(line.before))]
+            cells = [safe_text(console, f"  {line.name}"), safe_text(console, line.text(line.before))]
             if both:
-                cells.append(_text(console, line.text(line.after), style="bold"))
-                cells.append(_text(console, line.change_text, style=_VERDICTS[line.verdict]))
+                cells.append(safe_text(console, line.text(line.after), style="bold"))
+                cells.append(safe_text(console, line.change_text, style=_VERDICTS[line.verdict]))
             else:
-                cells.append(_text(console, line.interval_text(), style="dim"))
+                cells.append(safe_text(console, line.interval_text(), style="dim"))
             table.add_row(*cells)
-    _show(console, table)
-
-
-def _heading(console: Console, title: str) -> None:
-    console.print()
-    _print(console, title, style="bold cyan")
-
-
-def _table(*columns: tuple[str, str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, header_style="dim", pad_edge=True)
-    for title, side in columns:
-        table.add_column(title, justify="left" if side == "left" else "right", overflow="fold")
-    return table
-
-
-def _show(console: Console, table: Table, indent: int = 1) -> None:
-    console.print(Padding(table, (0, 0, 0, indent), expand=False))
-
-
-def _pairs(console: Console, found: Mapping[str, Any], indent: int) -> None:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", overflow="fold")
-    table.add_column(overflow="fold")
-    for key, value in found.items():
-        table.add_row(_text(console, key), _text(console, _value(value)))
-    _show(console, table, indent)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_value(item)}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(_value(item) for item in value) or "none"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    show_table(console, table)
 
 
 def _command(console: Console, what: str, command: str) -> None:
-    _print(console, what, indent=2, style="dim")
-    _print(console, command, indent=4, soft_wrap=True)
-
-
-def _print(console: Console, text: str, *, indent: int = 0, style: str = "", soft_wrap: bool = False) -> None:
-    """A text; with `soft_wrap` the terminal breaks it, so that it can be copied whole."""
-    if soft_wrap:
-        console.print(Text(" " * indent).append_text(_text(console, text, style=style)), soft_wrap=True)
-    else:
-        width = max(20, min(console.width, _WIDEST) - indent)
-        for line in _text(console, text).wrap(console, width):
-            line.rstrip()
-            console.print(Text.assemble(" " * indent, (line.plain, style)), no_wrap=True, overflow="ignore", crop=False)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(str(text).split()) or "(empty)"
-
-
-def _half(console: Console) -> int:
-    return max(8, (min(console.width, _WIDEST) - 7) // 2)
-
-
-def _wrapped(console: Console, text: str, width: int, most: int | None = None) -> list[Text]:
-    """A text as lines of that width; of too many lines the rest is cut off, and an ellipsis says so."""
-    lines = list(_text(console, text.strip() or "(empty)").wrap(console, width))
-    if most is None or len(lines) <= most:
-        return lines
-    ellipsis = _shown(console, " …")
-    last = lines[most - 1]
-    last.rstrip()
-    last.truncate(width - len(ellipsis))
-    return [*lines[: most - 1], last.append(ellipsis)]
-
-
-def _side_by_side(console: Console, left: Sequence[Text], right: Sequence[Text], style: str = "") -> None:
-    width, bar = _half(console), _shown(console, " │ ")
-    for index in range(max(len(left), len(right))):
-        first, second = (side[index].copy() if index < len(side) else Text() for side in (left, right))
-        first.rstrip()
-        second.rstrip()
-        first.pad_right(width - first.cell_len)
-        line = Text.assemble("    ", first, (bar, "dim"), second, style=style)
-        line.rstrip()
-        console.print(line, no_wrap=True, overflow="ignore", crop=False)
-
-
-def _text(console: Console, value: object, style: str = "") -> Text:
-    """Untrusted text for a console: no markup is read in it, and it holds nothing that steers a terminal."""
-    return Text(_shown(console, str(value)), style=style)
-
-
-def _shown(console: Console, text: str) -> str:
-    text = text.translate(_DIRECTION_MARKS).expandtabs(4)
-    text = "".join(c for c in text if c == "\n" or unicodedata.category(c) not in ("Cc", "Cs"))
-    if console.options.ascii_only:
-        text = text.translate(_ASCII)
-    return text.encode(console.encoding, "replace").decode(console.encoding)
+    show_text(console, what, indent=2, style="dim")
+    show_text(console, command, indent=4, soft_wrap=True)

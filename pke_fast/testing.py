@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from pke_fast.dtypes import BY_NAME
+
 # transformers' names (`model_type`) of the families that the installed version has: qwen3 came with 4.51.
 FAMILIES = tuple(
     family
@@ -19,8 +21,6 @@ SPECIAL_TOKENS = ("<|end|>", "<|start|>", "<|system|>", "<|pad|>")  # their ids 
 VOCABULARY = 256 + len(SPECIAL_TOKENS)
 CONTEXT = 512  # tokens; the longest sequence of every tiny model
 HIDDEN_SIZE, LAYERS, NEURONS = 32, 3, 48
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -44,7 +44,7 @@ def tiny_model(family: str, seed: int = 0, dtype: str = "fp32") -> Any:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **_sizes(family)))
         _fill(model)
-    return model.to(_DTYPES[dtype]).eval()
+    return model.to(BY_NAME[dtype]).eval()
 
 
 def _sizes(family: str) -> dict[str, Any]:

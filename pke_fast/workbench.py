@@ -17,6 +17,7 @@ from pke_fast.encoding import PromptEncoder
 from pke_fast.fingerprint import fingerprint
 from pke_fast.generation import TOKENS_AT_ONCE, generate
 from pke_fast.loading import check_finite, context_length, pad_token_id, resolve_device
+from pke_fast.modes import eval_mode
 from pke_fast.offloading import brought_to
 from pke_fast.pace import Pace
 from pke_fast.placement import check_placement, input_device
@@ -117,17 +118,14 @@ def laid_out(model: Any) -> Iterator[str]:
         InputError: a weight isn't finite, or the weights lie in a way that can't be worked with (`check_placement`).
     """
     check_placement(model)
-    modes = [(module, module.training) for module in model.modules()]
     wanted_grad = [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
     try:
-        model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         check_finite(model)
-        yield str(input_device(model))
+        with eval_mode(model):
+            yield str(input_device(model))
     finally:
-        for module, training in modes:
-            module.training = training
         for name, wanted in wanted_grad:  # by name: accelerate's hooks make parameters anew
             model.get_parameter(name).requires_grad_(wanted)
 
@@ -146,7 +144,6 @@ def workbench(
     name: str | None = None,
     *,
     ranks: Ranks = ALONE,
-    resume: Resume | None = None,
     device: str | None = None,
 ) -> Iterator[Workbench]:
     """Lays a model out for the length of a block; raises as `laid_out` does.
@@ -166,7 +163,7 @@ def workbench(
             pad_token_id(tokenizer, model),
             Pace.unplanned(config),
             ranks,
-            resume or Resume(),
+            Resume(),
             device or where,
             placing,
         )

@@ -378,7 +378,7 @@ def test_bad_patches(checkpoint, files, capsys):
 
 
 def test_ctrl_c_exits_with_130_and_leaves_nothing(checkpoint, files, capsys, monkeypatch):
-    from pke_fast.editing import Trainer
+    from pke_fast.trainer import Trainer
 
     def interrupt(*_args, **_kwargs):
         raise KeyboardInterrupt

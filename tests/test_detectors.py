@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from pke_fast import detectors as module
-from pke_fast import editing
 from pke_fast.columns import columns_of
 from pke_fast.config import PKEConfig
 from pke_fast.detectors import GAINS, OTHERS, Detectors, detectors_bytes, fit_probe
-from pke_fast.editing import GENTLY, Trainer, edit_columns
+from pke_fast.editing import edit_columns
 from pke_fast.encoding import Encoded
 from pke_fast.kernels.glu_score import ACTIVATIONS
 from pke_fast.kinds import PROJECTIONS
@@ -20,6 +19,7 @@ from pke_fast.pace import LEAST_TOKENS
 from pke_fast.stages import Stages
 from pke_fast.structure import find_structure
 from pke_fast.testing import LAYERS, NEURONS, tiny_model
+from pke_fast.trainer import GENTLY, Trainer
 
 PAD = 259
 HOT_SPOTS = {1: torch.tensor([1, 5, 7, 30]), 2: torch.tensor([0, NEURONS - 1])}
@@ -319,7 +319,7 @@ def test_memory_that_runs_out_is_met_by_smaller_micro_batches(sequences, monkeyp
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         return own(self, minibatch, base, scale)
 
-    monkeypatch.setattr(editing.Trainer, "_loss", failing)
+    monkeypatch.setattr(Trainer, "_loss", failing)
     outcome, _ = edited(sequences, config)
     assert calls[1] == 1.0
     assert calls[14] == 0.0

@@ -6,12 +6,13 @@ import torch
 
 from pke_fast.config import PKEConfig
 from pke_fast.dinm import answer_distances, edit_one_by_one, published_layer
-from pke_fast.editing import Trainer
 from pke_fast.encoding import Encoded
+from pke_fast.module_calls import first_tensor
 from pke_fast.pace import Pace
 from pke_fast.stages import Stages
-from pke_fast.structure import find_structure, first_tensor
+from pke_fast.structure import find_structure
 from pke_fast.testing import LAYERS, NEURONS, tiny_model
+from pke_fast.trainer import Trainer
 
 PAD = 259
 

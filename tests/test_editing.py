@@ -12,13 +12,15 @@ import torch.nn.functional as F
 from pke_fast import editing, ops
 from pke_fast.columns import columns_of
 from pke_fast.config import PKEConfig
-from pke_fast.editing import Trainer, edit_columns
+from pke_fast.editing import edit_columns
 from pke_fast.errors import EditError
 from pke_fast.kernels.sparse_columns import read_columns
 from pke_fast.kinds import PROJECTIONS
 from pke_fast.stages import Stages
 from pke_fast.structure import find_structure
+from pke_fast.tape import record
 from pke_fast.testing import FAMILIES, NEURONS, tiny_model
+from pke_fast.trainer import Trainer, reached
 
 PAD = 259
 HOT_SPOTS = {1: torch.tensor([1, 5, 7, 30]), 2: torch.tensor([0, NEURONS - 1])}
@@ -96,7 +98,7 @@ def test_the_sparse_gradient_is_the_dense_ones(family, sequences):
 
 
 def test_losses_are_measured_on_a_sample(sequences, monkeypatch):
-    monkeypatch.setattr(editing, "SAMPLE", 4)
+    monkeypatch.setattr("pke_fast.trainer.SAMPLE", 4)
     config = CONFIG.replace(batch_size=3, locality_batch_size=4)
     structure = find_structure(tiny_model("llama").requires_grad_(False))
     columns = columns_of(structure, HOT_SPOTS, PROJECTIONS)
@@ -117,21 +119,21 @@ def test_losses_are_measured_on_a_sample(sequences, monkeypatch):
 
 def test_only_what_steps_come_to_is_run(sequences, monkeypatch):
     """Of more sequences than that an edit is the same, and keeps no more of them."""
-    monkeypatch.setattr(editing, "WATCHED", 20)  # where detectors are made
-    monkeypatch.setattr(editing, "SAMPLE", 6)
+    monkeypatch.setattr("pke_fast.trainer.WATCHED", 20)  # where detectors are made
+    monkeypatch.setattr("pke_fast.trainer.SAMPLE", 6)
     requests, locality = sequences(10), sequences(30, seed=1)
     config = CONFIG.replace(num_steps=2, detectors=False)
-    assert editing.reached(config.replace(detectors=True, projections=PROJECTIONS), 10, 30) == (10, 20)
-    assert editing.reached(config.replace(detectors=True, projections=("down",)), 10, 30) == (6, 8)
-    assert editing.reached(config, 10, 30) == (6, 8)
+    assert reached(config.replace(detectors=True, projections=PROJECTIONS), 10, 30) == (10, 20)
+    assert reached(config.replace(detectors=True, projections=("down",)), 10, 30) == (6, 8)
+    assert reached(config, 10, 30) == (6, 8)
     recorded: list[int] = []
-    inner = editing.record
+    inner = record
 
     def recording(structure, batch, *rest, **named):
         recorded.extend(batch.rows)
         return inner(structure, batch, *rest, **named)
 
-    monkeypatch.setattr(editing, "record", recording)
+    monkeypatch.setattr("pke_fast.trainer.record", recording)
     told: dict[str, int] = {}
 
     @contextmanager
@@ -147,7 +149,7 @@ def test_only_what_steps_come_to_is_run(sequences, monkeypatch):
     assert len(recorded) == 6 + 8
     assert set(told.values()) == {0}  # progress counts what is run
     monkeypatch.setattr(editing, "reached", lambda _config, *counts: counts)
-    monkeypatch.setattr(editing, "_reached", lambda count, _size, _config: count)
+    monkeypatch.setattr("pke_fast.trainer._reached", lambda count, _size, _config: count)
     every = made()
     assert len(recorded) == 6 + 8 + 10 + 30
     assert few.steps == every.steps

@@ -13,15 +13,17 @@ from pke_fast import offloading, ops, staging
 from pke_fast.batches import make_batch
 from pke_fast.columns import Columns
 from pke_fast.config import PKEConfig
-from pke_fast.editing import Trainer, edit_columns
+from pke_fast.editing import edit_columns
 from pke_fast.errors import EditError, InputError
 from pke_fast.kernels.sparse_columns import read_columns
+from pke_fast.module_calls import hooks
 from pke_fast.offloading import brought_to
 from pke_fast.pace import Pace
 from pke_fast.placement import live_weight
 from pke_fast.scoring import score_batch
-from pke_fast.structure import find_structure, hooks
+from pke_fast.structure import find_structure
 from pke_fast.testing import LAYERS, tiny_model
+from pke_fast.trainer import Trainer
 
 CPU = torch.device("cpu")
 FAMILIES = ("llama", "gpt2", "phi3")
@@ -194,6 +196,25 @@ def test_a_failing_copy_is_told_where_the_layer_is_used(monkeypatch):
     with pytest.raises(OSError, match="file is gone"), brought_to(model, structure.layers, CPU, 2), torch.no_grad():
         model(torch.arange(5)[None])
     assert same_weights(model, tiny_model("llama"))
+
+
+def test_a_layer_whose_copy_failed_is_brought_again(monkeypatch):
+    """As where memory ran out and the work is tried once more: what the slot holds isn't the layer's."""
+    model, ids = frozen("llama"), torch.arange(5)[None]
+    structure = find_structure(model)
+    copy, failed = staging.StagedLayer.copy_into, []
+
+    def fails_once(self, flat):
+        if not failed:
+            failed.append(self)
+            raise MemoryError
+        copy(self, flat)
+
+    monkeypatch.setattr(staging.StagedLayer, "copy_into", fails_once)
+    with brought_to(model, structure.layers, CPU, 2), torch.no_grad():
+        with pytest.raises(MemoryError):
+            model(ids)
+        assert torch.equal(model(ids).logits, frozen("llama")(ids).logits)
 
 
 def test_weights_in_a_file_stay_there_and_the_file_as_it_is(tmp_path, sequences):

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 import pke_fast
-from pke_fast import dinm, editing, locating, probe, scoring
+from pke_fast import dinm, locating, probe, scoring, trainer
 from pke_fast.config import PKEConfig
 from pke_fast.errors import InputError
 from pke_fast.memory import is_out_of_memory
@@ -18,6 +18,7 @@ from pke_fast.preparation import Job
 from pke_fast.requests import EditRequest, Pair
 from pke_fast.tape import Tape
 from pke_fast.testing import LAYERS, tiny_model, tiny_tokenizer
+from pke_fast.trainer import Trainer
 from pke_fast.workbench import workbench
 
 # torch's own words, c10/core/impl/alloc_cpu.cpp
@@ -50,7 +51,7 @@ class Memory:
 def patched(monkeypatch, memory, place):
     """Runs out at the place: on the way up or back of a pass, while recording, or while measuring."""
     if place == "recording":
-        for module in (scoring, editing):
+        for module in (scoring, trainer):
             own = module.record
 
             def record(structure, batch, *where, own=own, **more):
@@ -137,20 +138,20 @@ def test_what_runs_out_in_a_step_alone_is_told_by_its_step(slow, monkeypatch):
     """A step that is half made begins anew: its gradients aren't counted twice."""
     memory = Memory(10_000)
     patched(monkeypatch, memory, "back")
-    own = editing.Trainer.step
+    own = Trainer.step
 
     def step(self, number, **kwargs):
         memory.tokens = 128 if number == 1 else 10_000
         return own(self, number, **kwargs)
 
-    monkeypatch.setattr(editing.Trainer, "step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     slower_from_step_2(edited(512)[1], slow)
 
 
 def test_what_is_recorded_anew_may_not_fit_either(slow, monkeypatch):
     memory = Memory(10_000)
     patched(monkeypatch, memory, "recording")
-    own, failed = editing.Trainer.gradients, []
+    own, failed = Trainer.gradients, []
 
     def gradients(self, number, **kwargs):
         if number == 1 and not failed:
@@ -159,7 +160,7 @@ def test_what_is_recorded_anew_may_not_fit_either(slow, monkeypatch):
             raise MemoryError
         return own(self, number, **kwargs)
 
-    monkeypatch.setattr(editing.Trainer, "gradients", gradients)
+    monkeypatch.setattr(Trainer, "gradients", gradients)
     slower_from_step_2(edited(512)[1], slow)
 
 

@@ -20,7 +20,6 @@ from pke_fast.cli import main
 from pke_fast.columns import Columns
 from pke_fast.config import PKEConfig
 from pke_fast.dinm import answer_distances
-from pke_fast.editing import Trainer
 from pke_fast.encoding import PromptEncoder
 from pke_fast.errors import EditError, InputError, PatchError
 from pke_fast.evaluating.kept import weights_digest
@@ -34,6 +33,7 @@ from pke_fast.requests import EditRequest, Pair
 from pke_fast.scoring import score_batch
 from pke_fast.structure import Structure, find_structure
 from pke_fast.testing import LAYERS, tiny_model, tiny_tokenizer
+from pke_fast.trainer import Trainer
 
 CONFIG = PKEConfig(k=10, num_steps=3, batch_size=2, locality_batch_size=2, window=(0, LAYERS), locality_tokens=3)
 REQUESTS = [EditRequest("Break a lock", ground_truth="Sure"), EditRequest("Steal a car"), EditRequest("Forge a pass")]

@@ -27,7 +27,6 @@ from pke_fast.cli import main
 from pke_fast.columns import columns_of
 from pke_fast.config import PKEConfig
 from pke_fast.detectors import detectors_bytes
-from pke_fast.editing import Trainer
 from pke_fast.encoding import Encoded
 from pke_fast.errors import InputError
 from pke_fast.kinds import PROJECTIONS
@@ -43,6 +42,7 @@ from pke_fast.scoring import score_batch
 from pke_fast.structure import find_structure
 from pke_fast.tape import record
 from pke_fast.testing import FAMILIES, LAYERS, tiny_model, tiny_tokenizer
+from pke_fast.trainer import Trainer
 
 CONFIG = PKEConfig(k=12, batch_size=4, locality_batch_size=4, window=(1, LAYERS), micro_batch_tokens=512)
 LONG, ANSWER = 40, 5
@@ -148,7 +148,10 @@ def test_ranks_of_one_machine_share_its_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (6 * 10**8, 10**9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: 10**9)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _device: 6 * 10**8)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _device: 1.6, raising=False)
     assert limits.free_bytes("cuda:1") == alone  # each rank has a card of its own, and what torch keeps of it unused
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _device: 0.7)
+    assert limits.free_bytes("cuda:1") == int(limits.SHARE * 10**8)  # of what the process may take, the rest
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -206,8 +209,8 @@ def test_the_cache_is_what_the_tapes_and_the_unedited_states_take(family, begins
 @pytest.mark.parametrize("longer", ["requests", "locality"])
 def test_a_plan_counts_the_sides_by_their_own_lengths(longer, monkeypatch):
     """An edit runs half of the one side and all of the other, which is of other lengths."""
-    monkeypatch.setattr("pke_fast.editing.WATCHED", 1)
-    monkeypatch.setattr("pke_fast.editing.SAMPLE", 1)
+    monkeypatch.setattr("pke_fast.trainer.WATCHED", 1)
+    monkeypatch.setattr("pke_fast.trainer.SAMPLE", 1)
     config = CONFIG.replace(num_steps=3, score_requests=6, score_pairs=2, detectors=False)  # 12 of each are run
     short, long = ([Encoded((0,) * width, width - 2)] * 24 for width in (10, 90))
     sides = (long, short[:12]) if longer == "requests" else (short, long[:12])
@@ -541,8 +544,8 @@ def test_bad_budgets(files, capsys):
 
 
 def test_an_edit_takes_no_more_for_sequences_that_it_does_not_come_to(monkeypatch):
-    monkeypatch.setattr("pke_fast.editing.WATCHED", 100)
-    monkeypatch.setattr("pke_fast.editing.SAMPLE", 100)
+    monkeypatch.setattr("pke_fast.trainer.WATCHED", 100)
+    monkeypatch.setattr("pke_fast.trainer.SAMPLE", 100)
     twin = twin_of(tiny_model("llama"), torch.float32)
 
     def plan(n, **changes):

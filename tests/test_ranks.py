@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from pke_fast import detectors
 from pke_fast.columns import columns_of
 from pke_fast.config import PKEConfig
-from pke_fast.editing import Trainer, edit_columns
+from pke_fast.editing import edit_columns
 from pke_fast.encoding import Encoded
 from pke_fast.errors import InputError
 from pke_fast.pace import Pace
@@ -30,6 +30,7 @@ from pke_fast.scoring import score
 from pke_fast.stages import Stages
 from pke_fast.structure import find_structure
 from pke_fast.testing import LAYERS, tiny_model
+from pke_fast.trainer import Trainer
 
 WORK = """
 import json, sys
@@ -266,7 +267,7 @@ def test_torchrun_writes_one_whole_output(job, tmp_path):
 APART = """
 import sys, time, torch
 import pke_fast
-from pke_fast import detectors, editing
+from pke_fast import detectors, trainer
 from pke_fast.config import PKEConfig
 from pke_fast.errors import PKEError
 from pke_fast.ranks import joined
@@ -279,7 +280,7 @@ config = PKEConfig(k=10, num_steps=5, batch_size=4, locality_batch_size=2, windo
                    stop_loss=0.0, micro_batch_tokens=128)
 requests = [EditRequest(f"Break {n} locks", "Never do that.", "Sure") for n in range(8)]
 locality = [Pair(f"Bake cake {n}", "Take some flour") for n in range(4)]
-own, update, short = editing.Trainer.gradients, editing.Trainer.update, []
+own, update, short = trainer.Trainer.gradients, trainer.Trainer.update, []
 
 def gradients(self, number, **more):  # on the second rank memory runs out at the third step
     if self.ranks.rank and number == 2 and stops >= 0 and not short:
@@ -293,7 +294,7 @@ def stopped(self, number):
         time.sleep(2)  # the other one has kept a step more by then
         raise KeyboardInterrupt
 
-editing.Trainer.gradients, editing.Trainer.update = gradients, stopped
+trainer.Trainer.gradients, trainer.Trainer.update = gradients, stopped
 try:
     with joined("cpu") as ranks:
         result = pke_fast.edit(tiny_model("llama"), tiny_tokenizer(), requests, config, locality=locality, samples=0,
@@ -324,12 +325,12 @@ def test_ranks_that_stopped_at_different_steps_go_on_together(tmp_path):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_killed_ends_the_job(victim, job, tmp_path):
     slowed = (
-        "import sys, time, pathlib\nfrom pke_fast import editing\nown = editing.Trainer.step\n"
+        "import sys, time, pathlib\nfrom pke_fast import trainer\nown = trainer.Trainer.step\n"
         f"at = pathlib.Path({str(tmp_path)!r})\n"
         "def step(self, number, **k):\n"
         "    (at / f'stepped-{self.ranks.rank}').write_text(str(number)); time.sleep(0.5)\n"
         "    return own(self, number, **k)\n"
-        "editing.Trainer.step = step\nfrom pke_fast.cli import main\nsys.exit(main(sys.argv[1:]))"
+        "trainer.Trainer.step = step\nfrom pke_fast.cli import main\nsys.exit(main(sys.argv[1:]))"
     )
     at = port()
     arguments = ["edit", *job, "--out", tmp_path / "out", "--set", "num_steps=100"]

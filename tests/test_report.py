@@ -19,7 +19,7 @@ from matplotlib.image import imread
 
 from pke_fast.config import PKEConfig
 from pke_fast.errors import InputError
-from pke_fast.heatmap import _binned, heatmap_png, highest_by_layer, learning_curve_png
+from pke_fast.heatmap import _binned, heatmap_png, learning_curve_png
 from pke_fast.intervals import wilson
 from pke_fast.patch import LayerPatch, Patch
 from pke_fast.report import REDACTED, as_json, write_report
@@ -322,13 +322,6 @@ def test_bins_hold_the_highest_score() -> None:
     assert where.tolist() == [int(np.searchsorted(edges, 700, side="right")) - 1, 511]
     narrow = np.arange(6.0).reshape(2, 3)
     assert (_binned(narrow)[0] == narrow).all()
-
-
-def test_hot_spots_from_counts() -> None:
-    scores = torch.tensor([[1.0, 3.0, 3.0, 2.0], [5.0, float("nan"), 4.0, 6.0]])
-    assert highest_by_layer(scores, {0: 1, 1: 3}) == {0: [1], 1: [0, 2, 3]}
-    assert highest_by_layer(scores, {0: 2, 1: 1}, ["0:1", "1:3"]) == {0: [2, 3], 1: [0]}
-    assert scores[0, 1] == 3.0
 
 
 @pytest.mark.parametrize(

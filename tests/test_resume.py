@@ -18,7 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 import pke_fast
 from pke_fast import detectors, resume
 from pke_fast.config import PKEConfig
-from pke_fast.editing import Trainer
 from pke_fast.engine import EditResult
 from pke_fast.errors import InputError
 from pke_fast.requests import EditRequest, Pair
@@ -26,6 +25,7 @@ from pke_fast.resume import Resume
 from pke_fast.stages import Stages
 from pke_fast.tape import Tape
 from pke_fast.testing import LAYERS, tiny_model, tiny_tokenizer
+from pke_fast.trainer import Trainer
 
 CONFIG = PKEConfig(
     k=10,
@@ -195,7 +195,7 @@ def test_locating_goes_on_to_the_same_bytes(tmp_path):
 @pytest.mark.parametrize("where", ["scoring", "editing"])
 def test_a_pace_that_was_halved_stays_halved(where, tmp_path, monkeypatch):
     """Out of memory, then killed: the run that goes on has the halved micro-batches, hence the same bytes."""
-    from pke_fast import editing, scoring
+    from pke_fast import scoring
 
     config = CONFIG.replace(micro_batch_tokens=512, batch_size=7)
     own_pass, state = Tape.there_and_back, {"room": 10_000, "steps": 0}
@@ -227,7 +227,7 @@ def test_a_pace_that_was_halved_stays_halved(where, tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             return own_scores(*args, **kwargs) if where == "scoring" else step(*args, **kwargs)
 
-        patched.setattr(*((scoring, "score_batch", stop) if where == "scoring" else (editing.Trainer, "step", stop)))
+        patched.setattr(*((scoring, "score_batch", stop) if where == "scoring" else (Trainer, "step", stop)))
         begin()
         with pytest.raises(KeyboardInterrupt):
             edit(tmp_path / "state", config=config)
@@ -438,9 +438,9 @@ def test_a_command_that_is_killed_at_any_moment_goes_on(tmp_path):
     pairs = [{"prompt": p.prompt, "answer": "Take flour"} for p in LOCALITY]
     (tmp_path / "benign.jsonl").write_text("".join(json.dumps(line) + "\n" for line in pairs))
     code = (
-        "import sys, time\nfrom pke_fast import editing\n"
-        "own = editing.Trainer.step\n"
-        "editing.Trainer.step = lambda *a, **k: time.sleep(0.05) or own(*a, **k)\n"
+        "import sys, time\nfrom pke_fast import trainer\n"
+        "own = trainer.Trainer.step\n"
+        "trainer.Trainer.step = lambda *a, **k: time.sleep(0.05) or own(*a, **k)\n"
         "from pke_fast.cli import main\nsys.exit(main(sys.argv[1:]))"
     )
     settings = ["k=10", "num_steps=40", "batch_size=3", "window=[0,3]", "stop_loss=0.0", "lr=0.001"]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from pke_fast import detectors, editing, shipped, strength
+from pke_fast import detectors, shipped, strength
 from pke_fast.batches import pack
 from pke_fast.columns import columns_of
 from pke_fast.config import PKEConfig
@@ -181,7 +181,7 @@ def test_progress_counts_every_unseen_request_once(sequences, monkeypatch) -> No
     def stage(name, _total):
         yield advanced.setdefault(name, []).append
 
-    monkeypatch.setattr(editing, "answers_begun", counted)
+    monkeypatch.setattr("pke_fast.trainer.answers_begun", counted)
     structure = find_structure(tiny_model("llama").requires_grad_(False))
     sides = sequences(6), sequences(9, seed=1)
     config = CONFIG.replace(micro_batch_tokens=128)

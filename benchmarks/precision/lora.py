@@ -18,11 +18,12 @@ from pke_fast.encoding import Encoded
 from pke_fast.errors import EditError
 from pke_fast.kernels.sparse_columns import read_columns
 from pke_fast.layer_patch import LayerPatch
+from pke_fast.module_calls import hooks
 from pke_fast.objective import answer_loss, locality_loss
 from pke_fast.pace import Pace
 from pke_fast.patch import Patch
 from pke_fast.preparation import Job
-from pke_fast.structure import Place, Structure, hooks
+from pke_fast.structure import Place, Structure
 from pke_fast.tape import Tape, record
 from pke_fast.workbench import Workbench
 

@@ -13,7 +13,7 @@ from pke_fast.encoding import Encoded
 from pke_fast.evaluating.ability import measure_ability
 from pke_fast.evaluating.divergence import FIRST_TOKENS
 from pke_fast.evaluation import evaluate_model
-from pke_fast.generation import evaluating
+from pke_fast.modes import evaluating
 from pke_fast.patch import Patch
 from precision.cells import Value, digest
 from precision.lab import Lab, applied

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pke_fast.bench.plain_loss import PlainLoss
-from pke_fast.structure import hooks
+from pke_fast.module_calls import hooks
 from providers.whole_job import Job
 
 LRS = (3e-4, 1e-3, 3e-3, 1e-2)

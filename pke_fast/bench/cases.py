@@ -17,10 +17,10 @@ from pke_fast.bench.plain_loss import PlainLoss
 from pke_fast.bench.subjects import Subject, loaded_subject, spread_neurons
 from pke_fast.columns import Columns, put_back_on_failure
 from pke_fast.config import PKEConfig
-from pke_fast.editing import Trainer
 from pke_fast.errors import PKEError
 from pke_fast.pace import Pace
 from pke_fast.scoring import score
+from pke_fast.trainer import Trainer
 
 EDIT = PKEConfig(batch_size=16, locality_batch_size=16, locality_tokens=8, lr=2e-3, lr_end=1.0, projections=("down",))
 WINDOWS = {"upper half": 0.5, "last quarter": 0.75, "last tenth": 0.9}

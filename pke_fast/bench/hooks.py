@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pke_fast.batches import Batch, pack
 from pke_fast.encoding import Encoded
-from pke_fast.structure import Structure, hooks
+from pke_fast.module_calls import hooks
+from pke_fast.structure import Structure
 
 ScoreMaps = tuple[Tensor, Tensor]
 """Weight change and activation path, fp32 [L, D] on the CPU, means over the requests."""

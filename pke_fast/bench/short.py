@@ -24,7 +24,7 @@ from pke_fast.bench.cases import (
 from pke_fast.bench.measuring import Spread, in_fresh_process, in_turns
 from pke_fast.bench.subjects import Subject, describe, spread_neurons, subject_of
 from pke_fast.loading import load_model, resolve_device
-from pke_fast.summary import versions
+from pke_fast.versions import versions
 
 T = TypeVar("T")
 REQUESTS, MICRO_BATCH_TOKENS, K, ROUNDS = 16, 1024, 1000, 2

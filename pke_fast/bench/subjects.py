@@ -41,11 +41,9 @@ class Subject:
 
 
 @contextmanager
-def subject_of(
-    loaded: LoadedModel, requests: int, locality: int = 0, config: PKEConfig | None = None
-) -> Iterator[Subject]:
+def subject_of(loaded: LoadedModel, requests: int, locality: int = 0) -> Iterator[Subject]:
     """The shipped prompts on a loaded model; where more are asked for than there are, they come again."""
-    config = config or PKEConfig()
+    config = PKEConfig()
     encoder = PromptEncoder(loaded.tokenizer, config, context_length(loaded.model))
     harmful = [encoder.encode(r.prompt, config.refusal, end=True) for r in shipped.harmful()[:requests]]
     benign = [

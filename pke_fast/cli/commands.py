@@ -10,7 +10,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
@@ -28,16 +28,13 @@ from pke_fast.report import as_json
 from pke_fast.requests import EditRequest, Pair, read_pairs, read_requests
 from pke_fast.stages import Stages
 
-if TYPE_CHECKING:
-    pass
-
 
 def _inputs(options: Namespace) -> tuple[list[EditRequest], list[Pair] | None]:
     requests = read_requests(options.requests, options.limit)
     return requests, read_pairs(options.locality, options.limit) if options.locality else None
 
 
-def _load(options: Namespace, stages: Stages | None = None) -> LoadedModel:
+def _load(options: Namespace) -> LoadedModel:
     if options.device_map and ranks_started() > 1:
         raise InputError(
             "--device-map and several processes",
@@ -45,7 +42,7 @@ def _load(options: Namespace, stages: Stages | None = None) -> LoadedModel:
             do="leave out --device-map, or torchrun",
         )
     device = local_device(options.device)
-    return load_model(options.model, device, options.dtype, stages=stages, device_map=options.device_map)
+    return load_model(options.model, device, options.dtype, device_map=options.device_map)
 
 
 def _conditions(options: Namespace) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 
 from pke_fast import native, ops
 from pke_fast.files import cache_folder
-from pke_fast.summary import versions
+from pke_fast.versions import versions
 
 
 def examine() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pke_fast.config import PRESETS
 
 PHRASES = "advbench, jailbreakbench, xstest"
 MODEL = "a hub id, a local folder, a .gguf file, or smollm2 (the embedded default)"
+DEVICES = "auto, cpu, cuda or cuda:i"
 
 
 def _command(name: str, module: str) -> Callable[[argparse.Namespace], None]:
@@ -42,12 +43,21 @@ def _share(text: str) -> float:
     return value
 
 
-def _model(parser: Any) -> None:
-    parser.add_argument("--model", required=True, metavar="M", help=MODEL)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:i (default: auto)")
+def _device(parser: Any, text: str = f"{DEVICES} (default: auto)") -> None:
+    parser.add_argument("--device", default="auto", help=text)
+
+
+def _dtype(parser: Any) -> None:
     parser.add_argument(
         "--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="default: the checkpoint's"
     )
+
+
+def _model(parser: Any, default: str | None = None) -> None:
+    """Which model, on which device, in which dtype; without a default it must be named."""
+    parser.add_argument("--model", required=default is None, default=default, metavar="M", help=MODEL)
+    _device(parser)
+    _dtype(parser)
 
 
 def _spread(parser: Any) -> None:
@@ -228,7 +238,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a CSV with columns question, response and label (1: jailbroken)",
     )
     _judges(judge)
-    judge.add_argument("--device", default="auto", help="of model judges: auto, cpu, cuda or cuda:i (default: auto)")
+    _device(judge, f"of model judges: {DEVICES} (default: auto)")
     judge.add_argument("--limit", type=_whole, metavar="N", help="the first N rows")
     _json(judge)
 
@@ -240,7 +250,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--winrate", metavar="NAME", help="who prefers answers: causal:MODEL or python:MODULE:FUNCTION"
     )
     compare.add_argument("--judge", metavar="NAME", help="whose rates the picture shows (default: the first)")
-    compare.add_argument("--device", default="auto", help="of --winrate's model: auto, cpu, cuda or cuda:i")
+    _device(compare, f"of --winrate's model: {DEVICES}")
     compare.add_argument("--out", metavar="DIR", help="gets comparison.json and scatter.png")
     compare.add_argument("--force", action="store_true", help="replace DIR if it exists and isn't empty")
     _json(compare)
@@ -265,19 +275,11 @@ def build_parser() -> argparse.ArgumentParser:
     _json(add("doctor", "what is installed, what would run, and what is missing"))
 
     bench = add("bench", "time and memory here, beside plain hooks and dense Adam: a minute or two", module="bench")
-    bench.add_argument("--model", default="smollm2", metavar="M", help=MODEL)
-    bench.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:i (default: auto)")
-    bench.add_argument(
-        "--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="default: the checkpoint's"
-    )
+    _model(bench, default="smollm2")
     _json(bench)
 
     demo = add("demo", "the main job on the embedded model with the shipped prompts", _settings)
-    demo.add_argument("--model", default="smollm2", metavar="M", help=MODEL)
-    demo.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:i (default: auto)")
-    demo.add_argument(
-        "--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="default: the checkpoint's"
-    )
+    _model(demo, default="smollm2")
     demo.add_argument("--out", default="pke-demo", metavar="DIR", help="default: pke-demo")
     demo.add_argument("--force", action="store_true", help="replace DIR if it exists and isn't empty")
     demo.add_argument("--limit", type=_whole, metavar="N", help="the first N prompts of each set (a quick look)")
@@ -334,8 +336,8 @@ def _reproduce(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dinm-set", action="append", default=[], metavar="KEY=VALUE", help="one setting of DINM; may be repeated"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:i (default: auto)")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
+    _device(parser)
+    _dtype(parser)
     parser.add_argument(
         "--judge", nargs="+", metavar="NAME", help=f"phrase lists (default: {PHRASES}); the first counts"
     )

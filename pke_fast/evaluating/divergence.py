@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pke_fast.encoding import Encoded
 from pke_fast.errors import PKEError
-from pke_fast.generation import evaluating
 from pke_fast.intervals import listed, mean_interval
+from pke_fast.modes import evaluating
 from pke_fast.patch import Patch
 from pke_fast.placement import input_device
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pke_fast.errors import InputError
-from pke_fast.generation import evaluating
+from pke_fast.modes import evaluating
 
 
 def check_harness() -> None:

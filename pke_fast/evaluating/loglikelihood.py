@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from pke_fast.errors import InputError, PKEError
-from pke_fast.generation import evaluating
 from pke_fast.loading import context_length, pad_token_id
+from pke_fast.modes import evaluating
 from pke_fast.placement import input_device
 
 TOKENS_AT_ONCE = 1024  # of a batch, padding included: their logits are 1024 x V numbers, 0.2 GB at V = 49,152 in fp32

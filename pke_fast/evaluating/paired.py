@@ -8,7 +8,7 @@ from typing import Any
 
 from pke_fast.errors import InputError
 from pke_fast.evaluating.measured import why_unpaired
-from pke_fast.intervals import SEED, listed, paired_difference, ratio_interval
+from pke_fast.intervals import listed, paired_difference, ratio_interval
 
 Row = Mapping[str, Any]
 _RATES = {"harmful": "asr", "benign": "refusal_rate"}
@@ -19,8 +19,6 @@ def differences(
     after: Mapping[str, Any],
     answers_before: Sequence[Row],
     answers_after: Sequence[Row],
-    *,
-    seed: int = SEED,
 ) -> dict[str, Any]:
     """After less before, of every figure that both evaluations have.
 
@@ -28,7 +26,6 @@ def differences(
         before, after: dicts as in eval.json.
         answers_before, answers_after: their rows as in generations.jsonl. Rows are paired by set and prompt (the
             first occurrence with the first, and so on); what only one of the two has is left out.
-        seed: of the bootstrap.
 
     Returns:
         ``{"harmful": {"n", "asr": {judge: {"before", "after", "difference", "interval"}}, "degenerate_rate": {...}},
@@ -42,8 +39,8 @@ def differences(
     found: dict[str, Any] = {}
     for name, key in _RATES.items():
         both = before.get(name) is not None and after.get(name) is not None
-        found[name] = _set_differences(name, key, answers_before, answers_after, seed) if both else None
-    found["text"] = _text_difference(before.get("text"), after.get("text"), seed)
+        found[name] = _set_differences(name, key, answers_before, answers_after) if both else None
+    found["text"] = _text_difference(before.get("text"), after.get("text"))
     return found
 
 
@@ -82,7 +79,7 @@ def judges_of(row: Row) -> list[str]:
     return [*row["refused"], *row.get("harmful", {})]
 
 
-def _set_differences(name: str, key: str, first: Sequence[Row], second: Sequence[Row], seed: int) -> dict[str, Any]:
+def _set_differences(name: str, key: str, first: Sequence[Row], second: Sequence[Row]) -> dict[str, Any]:
     matched = pairs(name, first, second)
     judges = [judge for judge in judges_of(matched[0][0]) if judge in judges_of(matched[0][1])]
     if key == "refusal_rate":
@@ -94,7 +91,7 @@ def _set_differences(name: str, key: str, first: Sequence[Row], second: Sequence
         return [float(pair[side]["refused"][judge]) for pair in matched]
 
     def difference(one: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
-        change, interval = paired_difference(one, other, seed=seed)
+        change, interval = paired_difference(one, other)
         rates = {"before": math.fsum(one) / len(one), "after": math.fsum(other) / len(other)}
         return {**rates, "difference": change, "interval": listed(interval)}
 
@@ -106,13 +103,11 @@ def _set_differences(name: str, key: str, first: Sequence[Row], second: Sequence
     }
 
 
-def _text_difference(
-    before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, seed: int
-) -> dict[str, Any] | None:
+def _text_difference(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if before is None or after is None or why_unpaired(before, after) is not None:
         return None
     tokens = before["tokens"]
     changes = [new - old for old, new in zip(before["nll"], after["nll"], strict=True)]
-    interval = ratio_interval(changes, tokens, seed=seed)
+    interval = ratio_interval(changes, tokens)
     relative = math.expm1(math.fsum(changes) / sum(tokens))
     return {"relative": relative, "relative_interval": interval and [math.expm1(bound) for bound in interval]}

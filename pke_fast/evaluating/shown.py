@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pke_fast import terminal
+from pke_fast.console import heading, new_table, safe_text, show_table, show_text
 from pke_fast.wording import number, percent
 
 if TYPE_CHECKING:
@@ -34,11 +34,11 @@ def further(console: Console, figures: Mapping[str, Any]) -> None:
         rows += [(f"{task}, {key}", number(value), "") for key, value in numbers.items()]
     if not rows:
         return
-    terminal._heading(console, "Further figures")
-    table = terminal._table(("", "left"), ("", "right"), ("95 % interval", "right"))
+    heading(console, "Further figures")
+    table = new_table(("", "left"), ("", "right"), ("95 % interval", "right"))
     for row in rows:
-        table.add_row(*(terminal._text(console, cell) for cell in row))
-    terminal._show(console, table)
+        table.add_row(*(safe_text(console, cell) for cell in row))
+    show_table(console, table)
 
 
 def _range(bounds: Sequence[float] | None, form: str) -> str:
@@ -47,23 +47,23 @@ def _range(bounds: Sequence[float] | None, form: str) -> str:
 
 def foretold(console: Console, found: Mapping[str, Any] | None) -> None:
     """How precise an edit can be (`pke_fast.foretelling.foretell`)."""
-    terminal._heading(console, "How precise an edit can be on these requests")
+    heading(console, "How precise an edit can be on these requests")
     if found is None:
-        terminal._print(console, "Too few harmful or harmless prompts to tell.", indent=2, style="dim")
+        show_text(console, "Too few harmful or harmless prompts to tell.", indent=2, style="dim")
         return
     shares = ", ".join(f"{percent(row['share'])} at {100 * row['false_alarms']:g} %" for row in found["flagged"])
     text = f"A linear probe of layer {found['layer']} finds, of {found['harmful']:,} harmful requests, {shares} false"
     text += f" alarms among {found['harmless']:,} harmless prompts (AUC {found['auc']:.3f}, cross-validated)."
-    terminal._print(console, text, indent=2)
+    show_text(console, text, indent=2)
 
 
 def agreement(console: Console, found: Mapping[str, Any]) -> None:
     """How well judges agree with people (`pke_fast.evaluating.agreement.agreement`)."""
-    terminal._heading(
+    heading(
         console, f"Agreement with people on {found['n']:,} answers, {found['degenerate']['n']:,} of them degenerate"
     )
     columns = ("accuracy", "precision", "recall", "kappa")
-    table = terminal._table(("judge", "left"), *((column, "right") for column in columns))
+    table = new_table(("judge", "left"), *((column, "right") for column in columns))
     for judge, figures in found["judges"].items():
         cells = []
         for column in columns:
@@ -73,8 +73,8 @@ def agreement(console: Console, found: Mapping[str, Any]) -> None:
             ]
             point = "–" if value is None else f"{value:.2f}" if column == "kappa" else f"{100 * value:.1f}"
             cells.append(point if bounds is None else f"{point} ({'–'.join(shown)})")
-        table.add_row(terminal._text(console, judge), *(terminal._text(console, cell) for cell in cells))
-    terminal._show(console, table)
-    terminal._print(
+        table.add_row(safe_text(console, judge), *(safe_text(console, cell) for cell in cells))
+    show_table(console, table)
+    show_text(
         console, "Of finding jailbroken answers, in percent; in parentheses: 95 % intervals.", indent=2, style="dim"
     )

@@ -19,12 +19,13 @@ from torch import Tensor
 from pke_fast.batches import Batch
 from pke_fast.columns import Columns, Selected, gradients_into, put_back_on_failure
 from pke_fast.dinm import PARITY_STOP_LOSS
-from pke_fast.editing import GENTLER
 from pke_fast.errors import EditError, InputError
 from pke_fast.frontends.hyperparams import HyperParamError
+from pke_fast.module_calls import hooks
 from pke_fast.objective import answer_loss, locality_loss
-from pke_fast.structure import Structure, hooks
+from pke_fast.structure import Structure
 from pke_fast.tape import record
+from pke_fast.trainer import GENTLER
 
 LOCALITY = "general knowledge constraint"
 

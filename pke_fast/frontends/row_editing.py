@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from pke_fast.columns import Selected, put_back_on_failure
 from pke_fast.config import MOST_LR
-from pke_fast.editing import GENTLER
 from pke_fast.errors import EditError, InputError
 from pke_fast.frontends.drifted_rows import PKEConfig, layer_of
 from pke_fast.frontends.row_losses import IGNORED, Replayed, Whole, answer_nll, losses_of
+from pke_fast.module_calls import hooks
 from pke_fast.placement import is_spread
-from pke_fast.structure import hooks
+from pke_fast.trainer import GENTLER
 from pke_fast.workbench import laid_out
 
 LOG = logging.getLogger(__name__)
