@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from operator import index as whole
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from pke_fast.encoding import Encoded
 from pke_fast.errors import InputError
 from pke_fast.fingerprint import fingerprint
 from pke_fast.hotspots import HotSpots
+from pke_fast.inputs import check_items, check_model, shown
 from pke_fast.pace import Pace
 from pke_fast.patch import Patch
 from pke_fast.scoring import Scores
@@ -84,7 +86,7 @@ def select(
 
     Args:
         scores: of `trace`, or any score map, fp32 [L, D].
-        locality: of `trace` on benign prompts.
+        locality: of `trace` on benign prompts; not with a score map.
         k: how many neurons.
         settings: `window`, `per_layer_cap`, `exclude`, `score`, `seed` of `PKEConfig`; the window is the upper third
             of the layers by default.
@@ -95,6 +97,15 @@ def select(
     Raises:
         InputError: a setting can't be used, or there are fewer than k neurons to choose from.
     """
+    if not isinstance(scores, Scores | Tensor):
+        raise InputError("the scores can't be used", expected="Scores, or a map fp32 [L, D]", got=shown(scores))
+    if locality is not None and not (isinstance(locality, Scores) and isinstance(scores, Scores)):
+        raise InputError(
+            "scores of benign prompts can't be used",
+            expected="Scores of trace, beside such of harmful prompts",
+            got=f"{type(locality).__name__} beside {type(scores).__name__}",
+            do="of score maps of your own, give the one to choose by",
+        )
     kind = "toxic" if locality is None else "contrast"
     config = PKEConfig().replace(k=k, **{"score": kind, **settings})
     if config.score == "contrast" and locality is None:
@@ -106,7 +117,7 @@ def update(
     model: Any,
     hot_spots: HotSpots | Mapping[int, Sequence[int] | Tensor],
     batches: Sequences,
-    locality: Sequences = (),
+    locality: Sequences | None = (),
     *,
     advance: Callable[[int], None] = _nothing,
     **settings: Any,
@@ -117,7 +128,7 @@ def update(
         model: as for `trace`; edited.
         hot_spots: of `select`, or neurons by layer.
         batches: harmful prompts with the answers wanted.
-        locality: benign prompts with answers that must not move.
+        locality: benign prompts with answers that must not move; None for none.
         advance: called with 1 after every step.
         settings: of `PKEConfig`, as `num_steps`, `lr`, `w_kl`, `norm_constraint`, `seed`, `backend`; those that tell
             how prompts are rendered, scored or joined have no effect.
@@ -132,7 +143,8 @@ def update(
     config = PKEConfig().replace(**settings)
     with _opened(model, config.backend) as structure:
         neurons = _neurons(structure, hot_spots)
-        requests, benign = _encoded(structure, batches, "batches"), _encoded(structure, locality, "locality", least=0)
+        requests = _encoded(structure, batches, "batches")
+        benign = _encoded(structure, () if locality is None else locality, "locality", least=0)
         facts = summary.facts_of(structure, name_of(model), fingerprint(model))
 
         @contextmanager
@@ -147,6 +159,7 @@ def update(
 @contextmanager
 def _opened(model: Any, backend: str) -> Any:
     """The structure of a model that is laid out for work."""
+    check_model(model)
     with using(backend), laid_out(model):
         yield find_structure(model)
 
@@ -157,6 +170,7 @@ def _encoded(structure: Structure, batches: Sequences, name: str, least: int = 1
 
     vocabulary = structure.model.get_input_embeddings().weight.shape[0]
     limit = context_length(structure.model)
+    check_items(name, batches, object, "(prompt ids, answer ids)")
     if len(batches) < least:
         raise InputError(f"{name} is empty", expected="at least one sequence: (prompt ids, answer ids)", got="none")
     sequences = []
@@ -164,7 +178,7 @@ def _encoded(structure: Structure, batches: Sequences, name: str, least: int = 1
         where = f"sequence {index} of {name} can't be used"
         if not isinstance(item, Encoded):
             try:
-                prompt, answer = ([int(token) for token in part] for part in item)
+                prompt, answer = ([whole(token) for token in part] for part in item)
             except (TypeError, ValueError) as error:
                 raise InputError(where, expected="(prompt ids, answer ids)", got=f"{item!r:.80}") from error
             item = Encoded((*prompt, *answer), len(prompt))
@@ -183,6 +197,8 @@ def _encoded(structure: Structure, batches: Sequences, name: str, least: int = 1
 def _neurons(structure: Structure, hot_spots: HotSpots | Mapping[int, Sequence[int] | Tensor]) -> dict[int, Tensor]:
     """The neurons of every layer that has any, each once, ascending."""
     by_layer = hot_spots.by_layer() if isinstance(hot_spots, HotSpots) else hot_spots
+    if not isinstance(by_layer, Mapping):
+        raise InputError("the hot spots can't be used", expected="HotSpots, or {layer: neurons}", got=shown(hot_spots))
     depth, width = len(structure.layers), structure.neurons
     chosen = {}
     for layer, ids in by_layer.items():

@@ -9,6 +9,7 @@ from pke_fast.errors import InputError
 from pke_fast.ranks import ranks_here
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+_FEWEST = 2**16  # bytes: a smaller size without a unit lacks one
 SHARE = 0.9  # of what is free: others breathe too
 _LIMITS = (  # of a control group, what it uses, and which of that is its files' cache: cgroup 2, then 1
     ("/sys/fs/cgroup", "memory.max", "memory.current", "file"),
@@ -18,10 +19,13 @@ _LIMITS = (  # of a control group, what it uses, and which of that is its files'
 
 def parse_bytes(text: str) -> int:
     """Bytes of a size such as ``8GiB``, ``500MB`` or ``8G``."""
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMG]I?)?B?\s*", text.upper())
+    match = re.fullmatch(r"\s*([0-9]{0,15}\.?[0-9]{1,15})\s*([KMG]I?)?B?\s*", text.upper())
     if not match:
-        raise InputError(f"can't read the size {text!r}", expected="a number and a unit, such as 8GiB or 500MB")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
+        raise InputError(f"can't read the size {text!r:.40}", expected="a number and a unit, such as 8GiB or 500MB")
+    size = int(float(match[1]) * _UNITS[match[2] or ""])
+    if not match[2] and size < _FEWEST:
+        raise InputError(f"a size of {size:,} bytes", expected="a number and a unit, such as 8GiB or 500MB", got=text)
+    return size
 
 
 def free_bytes(device: str) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from pke_fast.config import PKEConfig
 from pke_fast.errors import InputError
 from pke_fast.patch import Patch
 from pke_fast.wording import Measure, comparison, number, percent
+
+LOG = logging.getLogger(__name__)
 
 PATCH, REPORT = "patch.safetensors", "report.json"
 TAGS = ("pke_fast", "model-editing", "precision-knowledge-editing", "safety", "refusal")
@@ -51,8 +54,8 @@ def gather(
 
     Args:
         source: the folder that ``pke-fast edit`` wrote, or a patch alone.
-        evaluations: one or two eval.json of ``pke-fast eval``, without the patch and with it; they go before what
-            report.json has.
+        evaluations: one or two eval.json of ``pke-fast eval``, of the model without the patch and with it; they go
+            before what report.json has.
         base: hub id of the model that was edited; None: as the patch names it, if that is one.
         licence: its name, such as ``apache-2.0``; None: the base's where that is known on this machine.
 
@@ -65,7 +68,7 @@ def gather(
     evaluated = (report or {}).get("evaluation") or {}
     evaluation = (evaluated.get("before"), evaluated.get("after"))
     if evaluations:
-        evaluation = read_evaluations(evaluations)
+        evaluation = read_evaluations(evaluations, patch)
     if base is not None and not re.fullmatch(rf"{_HUB_ID.pattern}|[\w-][\w.-]*", base):
         raise InputError(f"{base!r} is no model of the hub", expected="an id such as owner/name", do="check --base")
     name = _mapping(patch.meta.get("base")).get("name")
@@ -105,15 +108,17 @@ def _report_of(file: Path, patch: Patch) -> dict[str, Any] | None:
     return report
 
 
-def read_evaluations(files: Sequence[str | Path]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """One or two eval.json as (before, after): with a patch it is after, without one before.
+def read_evaluations(files: Sequence[str | Path], patch: Patch) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """One or two eval.json as (before, after): with the patch it is after, without one before.
 
     Raises:
-        InputError: not such a file; two of one kind; or two that were measured in different ways.
+        InputError: not such a file; of another model or patch; two of one kind; or two that were measured in different
+            ways.
     """
     found: dict[bool, dict[str, Any]] = {}
     for file in files:
         content = _read(Path(file), "eval.json of pke-fast eval", ("patch", "harmful", "benign", "settings"))
+        _check_measured(file, content, patch)
         patched = content["patch"] is not None
         if patched in found:
             kind = "with a patch" if patched else "without a patch"
@@ -128,6 +133,24 @@ def read_evaluations(files: Sequence[str | Path]) -> tuple[dict[str, Any] | None
             do="run pke-fast eval twice, without --patch and with it, all else the same",
         )
     return before, after
+
+
+def _check_measured(file: str | Path, figures: Mapping[str, Any], patch: Patch) -> None:
+    """Refuses figures of another model, or with another patch; of those that don't tell, it warns."""
+    asked = {"model": (_mapping(patch.meta.get("base")).get("fingerprint"), figures.get("fingerprint"))}
+    if figures["patch"] is not None:
+        asked["patch"] = patch.digest(), figures.get("patch_sha256")
+    for what, (expected, got) in asked.items():
+        if not expected or not got:
+            where = file if expected else "the patch"
+            LOG.warning("can't check that %s has figures of this %s: %s doesn't say its digest", file, what, where)
+        elif got != expected:
+            raise InputError(
+                f"{file} has figures of another {what}",
+                expected=f"the {what} of this edit, {expected[:16]}",
+                got=f"{figures.get(what)}, {str(got)[:16]}",
+                do="run pke-fast eval on the model that was edited, in its dtype: without --patch, and with this one",
+            )
 
 
 def _measured(figures: Mapping[str, Any]) -> tuple[Any, ...]:

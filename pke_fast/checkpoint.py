@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from pke_fast.errors import InputError
 from pke_fast.files import atomic_folder, check_output_folder, visible_files
 from pke_fast.journal import reading
 from pke_fast.patch import Patch
@@ -28,6 +28,7 @@ def patch_checkpoint(
     revert: bool = False,
     force: bool = False,
     allow_pickle: bool = False,
+    keep: Iterable[str | Path] = (),
 ) -> dict[str, Any]:
     """Writes a copy of a checkpoint folder with the patch applied, or taken back with `revert`; exact to the bit.
 
@@ -38,8 +39,9 @@ def patch_checkpoint(
 
     Args:
         source: a folder with model.safetensors, or with shards and model.safetensors.index.json.
-        out: a new or an empty folder; with `force` any other than the source is replaced as a whole.
+        out: a new or an empty folder apart from the source; with `force` any such is replaced as a whole.
         allow_pickle: convert a pytorch_model.bin, where there are no safetensors (pickled.py).
+        keep: files and folders that `out` has to be apart from too, such as the patch's file.
 
     Returns:
         ``out``, ``reverted``, ``neurons``, ``rewritten`` ({shard: [tensor names]}), the names of the ``linked`` and
@@ -53,6 +55,7 @@ def patch_checkpoint(
         PKEError: the disk is full, or another error of the system. In every case nothing is left behind.
     """
     source, out = Path(os.path.realpath(source)), Path(os.path.realpath(out))
+    check_output_folder(out, force, keep, [source])
     with reading(source) as recovered:
         make = _converted_copy if allow_pickle and is_pickled(source) else _patched_copy
         done = make(source, patch, out, revert, force)
@@ -67,8 +70,6 @@ def patch_checkpoint(
 
 def _patched_copy(source: Path, patch: Patch, out: Path, revert: bool, force: bool) -> dict[str, Any]:
     tensors = read_checkpoint(source)
-    _check_apart(source, out)
-    check_output_folder(out, force)
     targets = find_targets(tensors, patch, source)
     patch.check(read_all(source, targets), revert, f"the checkpoint {source}")
     shards = {tensor.shard for tensor in tensors.values()}
@@ -88,8 +89,6 @@ def _patched_copy(source: Path, patch: Patch, out: Path, revert: bool, force: bo
 
 def _converted_copy(source: Path, patch: Patch, out: Path, revert: bool, force: bool) -> dict[str, Any]:
     """As `_patched_copy`, of pickled weights: nothing is shared with the source, and every shard is new."""
-    _check_apart(source, out)
-    check_output_folder(out, force)
     with atomic_folder(out, force) as folder:
         converted = convert(source, folder)
         linked, copied = _share(source, folder, set(converted))
@@ -110,16 +109,6 @@ def _converted_copy(source: Path, patch: Patch, out: Path, revert: bool, force: 
         "converted": converted,
         "other_weights": others,
     }
-
-
-def _check_apart(source: Path, out: Path) -> None:
-    if source == out or source in out.parents or out in source.parents:
-        raise InputError(
-            f"the output folder {out} is {'the checkpoint itself' if source == out else 'inside or around it'}",
-            expected="a folder apart from the checkpoint, which is never changed",
-            got=f"a checkpoint in {source}",
-            do="choose another --out",
-        )
 
 
 def _share(source: Path, folder: Path, without: set[str]) -> tuple[list[str], list[str]]:

@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -226,20 +227,30 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
     Raises:
         InputError: no such file, broken YAML, an unknown setting (the nearest is suggested) or a bad value.
     """
-    import yaml
-
     settings = {} if path is None else _read_yaml(_preset(path) if path in PRESETS else Path(path))
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals:
             raise InputError(f"--set {text}", expected="key=value", do="for example --set k=500")
-        try:
-            settings[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InputError(f"--set {text}: the value is not YAML", got=str(error)) from error
+        settings[name.strip()] = _set_value(name.strip(), value)
     _known(settings)
     method = settings.get("method", "pke")
     return PKEConfig(**{**(_read_yaml(_preset(method)) if method in PRESETS else {}), **settings})
+
+
+def _set_value(name: str, text: str) -> Any:
+    """What ``--set name=text`` means; a setting that is text takes it as it is, unless it is quoted."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: of a date that there isn't
+        value = error
+    if _types().get(name) is str and not isinstance(value, str):
+        return text
+    if isinstance(value, Exception):
+        raise InputError(f"--set {name}={text}: the value is not YAML", got=str(value)) from value
+    return value
 
 
 def _preset(name: object) -> Path:
@@ -259,14 +270,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             got=error.strerror,
             do=f"name a file that is there, or a preset: {', '.join(PRESETS)}",
         ) from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:  # not UTF-8, a date that there isn't
         raise InputError(f"settings in {path} are not YAML", got=str(error)) from error
     if not isinstance(loaded or {}, dict):
         raise InputError(f"settings in {path}", expected="lines of `name: value`", got=type(loaded).__name__)
     return dict(loaded or {})
 
 
-_TYPES: dict[str, Any] = {}
+@cache
+def _types() -> dict[str, Any]:
+    """The settings' types by name."""
+    return typing.get_type_hints(PKEConfig)
 
 
 def _known(settings: Mapping[str, Any]) -> None:
@@ -288,9 +302,7 @@ def _require(condition: bool, name: str, value: object, expected: str) -> None:
 
 def _checked(name: str, value: Any) -> Any:
     """The value in its setting's type. PyYAML reads 5e-4 as a string and 1 as an int: both are numbers here."""
-    if not _TYPES:
-        _TYPES.update(typing.get_type_hints(PKEConfig))
-    kind = _TYPES[name]
+    kind = _types()[name]
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if value is None and type(None) in options:
         return None

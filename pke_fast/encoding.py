@@ -58,10 +58,13 @@ class PromptEncoder:
         tokenizer: a transformers tokenizer.
         config: for `system_prompt`, `suffix_system_prompt` and `max_length`.
         context: the model's longest sequence in tokens, where it has a limit.
+        vocabulary: how many tokens the model knows; None: not checked.
     """
 
-    def __init__(self, tokenizer: Any, config: PKEConfig, context: int | None = None) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: Any, config: PKEConfig, context: int | None = None, vocabulary: int | None = None
+    ) -> None:
+        self.tokenizer, self.vocabulary = tokenizer, vocabulary
         self.system_prompt = config.system_prompt.strip()
         self.suffix = config.suffix_system_prompt.strip()
         self.limit = min(config.max_length, context or config.max_length)
@@ -84,7 +87,8 @@ class PromptEncoder:
         """Token ids of the rendered prompt.
 
         Raises:
-            InputError: the prompt leaves no room for an answer within `max_length` and the model's context.
+            InputError: the prompt leaves no room for an answer within `max_length` and the model's context, or has a
+                token that the model doesn't know.
         """
         ids = self._tokenize(self.text(prompt))
         if len(ids) >= self.limit:
@@ -131,7 +135,15 @@ class PromptEncoder:
 
     def _tokenize(self, text: str) -> list[int]:
         # A chat template writes its own special tokens; plain text wants those that the tokenizer adds by itself.
-        return list(self.tokenizer(text, add_special_tokens=not self.chat)["input_ids"])
+        ids = list(self.tokenizer(text, add_special_tokens=not self.chat)["input_ids"])
+        if self.vocabulary is not None and max(ids, default=0) >= self.vocabulary:
+            raise InputError(
+                f"the tokenizer makes tokens of {_shorten(text)!r} that the model doesn't know",
+                expected=f"tokens of 0 to {self.vocabulary - 1}, as many as the model's embedding has",
+                got=str(max(ids)),
+                do="take the model's own tokenizer, or resize its embedding (resize_token_embeddings)",
+            )
+        return ids
 
     def _template(self, messages: list[dict[str, str]]) -> str:
         from jinja2.exceptions import TemplateError

@@ -22,6 +22,7 @@ from pke_fast.files import atomic_folder
 from pke_fast.foretelling import foretell
 from pke_fast.generation import TOKENS_AT_ONCE
 from pke_fast.hotspots import HotSpots
+from pke_fast.inputs import check_evaluation, check_job
 from pke_fast.locating import Located, check_fits, locate_hot_spots
 from pke_fast.patch import Patch
 from pke_fast.plan import Load, Plan
@@ -183,11 +184,12 @@ def edit(
         InputError: the model, a request or a setting can't be used; the model is unchanged.
         EditError: the edit failed on the way, as by a loss that became NaN; the weights were put back.
     """
+    check_job(model, tokenizer, requests, config, locality, memory_budget, held_out)
     config = config or PKEConfig()
     keeping = partial(Resume, resume, minutes=resume_minutes)
     with workbench(model, tokenizer, config, stages, name, ranks=ranks, device=device) as bench:
         facts = summary.model_facts(bench)
-        check_fits(bench)
+        check_fits(bench.structure, bench.config)
         plan, bench = _planned(
             bench,
             requests,
@@ -270,12 +272,13 @@ def locate(
     Raises:
         InputError: the model, a request or a setting can't be used.
     """
+    check_job(model, tokenizer, requests, config, locality, memory_budget, compare=compare)
     config = config or PKEConfig()
     keeping = partial(Resume, resume, minutes=resume_minutes)
     with workbench(model, tokenizer, config, stages, name, ranks=ranks, device=device) as bench:
         moved = None if compare is None else _drift_to(compare, bench)
         compare = None  # let go, as far as it is ours
-        check_fits(bench)
+        check_fits(bench.structure, bench.config)
         plan, bench = _planned(bench, requests, locality, memory_budget, offload_folder, keeping, edits=False)
         job = prepare(bench, requests, locality)
         located = locate_hot_spots(bench, job, drift=moved)
@@ -312,7 +315,7 @@ def _planned(
         job = {
             "model": bench.fingerprint,
             "work": "edit" if edits else "locate",
-            "settings": _digest(bench.config.as_dict()),
+            **{f"setting {name}": json.dumps(value) for name, value in bench.config.as_dict().items()},
             "requests": _digest([request.as_dict() for request in requests]),
             "locality": _digest([dataclasses.asdict(pair) for pair in locality or ()]),
             "versions": " ".join(f"{name} {version}" for name, version in versions().items()),
@@ -365,6 +368,7 @@ def evaluate(
     Raises:
         InputError: a set is empty, or a prompt or a judge can't be used.
     """
+    check_evaluation(model, tokenizer, harmful, benign, text, config, judges)
     with workbench(model, tokenizer, config or PKEConfig(), stages, name) as bench:
         return evaluate_model(
             model,

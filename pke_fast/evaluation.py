@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pke_fast.encoding import PromptEncoder
-from pke_fast.errors import InputError
+from pke_fast.errors import InputError, PKEError
 from pke_fast.evaluating.cost import Cost
 from pke_fast.evaluating.fluency import fluency
 from pke_fast.evaluating.kept import KeptAnswers, weights_digest
 from pke_fast.evaluating.measured import digest
 from pke_fast.evaluating.paired import judges_of, succeeded
 from pke_fast.evaluating.verdicts import AnswerJudge, open_judges
+from pke_fast.fingerprint import fingerprint
 from pke_fast.generation import end_token_ids, generate
 from pke_fast.intervals import listed, ratio_interval, wilson
 from pke_fast.judges import JUDGES, Judge, is_degenerate
 from pke_fast.perplexity import MAX_TOKENS, WINDOW, losses_perplexity, text_windows, windows_losses
 from pke_fast.stages import Stages
+
+if TYPE_CHECKING:
+    from pke_fast.patch import Patch
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class Evaluation:
         benign: ``{"n", "sha256", "refusal_rate": {judge: rate}, "degenerate_rate", "intervals"}``, or None.
         text: ``{"perplexity", "interval", "nll", "tokens", "sha256"}``, or None: the interval is the bootstrap's over
             windows (None of a single one), of which "nll" and "tokens" have the summed losses in nats and the tokens
-            predicted, and "sha256" is the digest.
+            predicted, and "sha256" is the digest. What isn't finite is None, as of a damaged model.
         settings: what the figures depend on besides the model.
         generations: every answer: ``{"set", "prompt", "answer", "refused": {judge: bool}, "degenerate"}``,
             and "harmful", {judge: bool}, from judges of harm. A degenerate answer neither refuses nor is harmful.
@@ -43,7 +50,7 @@ class Evaluation:
             of answers made now, without prompts and padding.
         defense: ``{metric: {"n", "defended": {judge: rate}, "degenerate_rate", "intervals"}}``, DINM's, or None.
         fluency: of each set the mean n-gram entropy of its answers: ``{set: {"ngram_entropy", "interval"}}``.
-        more: further sections by name, such as "ability" and "divergence".
+        more: further sections by name, such as "ability" and "divergence", and what `identity` says.
     """
 
     harmful: dict[str, Any] | None
@@ -149,8 +156,14 @@ def evaluate_model(
         generations += _judged(name, prompts, answers, chosen, stages, suffix)
     figures = None
     if windows is not None:
-        with stages.stage(f"Reading plain text{suffix}", sum(map(len, windows))) as advance:
-            figures = _text_figures(windows_losses(model, windows, advance=advance))
+        try:
+            with stages.stage(f"Reading plain text{suffix}", sum(map(len, windows))) as advance:
+                losses = windows_losses(model, windows, advance=advance)
+            figures = _text_figures(losses)
+        except PKEError as error:  # NaN; the answers are there all the same
+            LOG.warning("%s", error)
+            tokens = [len(ids) - 1 for ids in windows]
+            figures = {"perplexity": None, "interval": None, "nll": None, "tokens": tokens}
         figures["sha256"] = digest(windows)
     settings = {
         "judges": [judge.name for judge in chosen],
@@ -265,9 +278,22 @@ def _fluency(answers: Sequence[str]) -> dict[str, Any]:
 
 def _text_figures(losses: Sequence[tuple[float, int]]) -> dict[str, Any]:
     nll, tokens = [loss for loss, _ in losses], [count for _, count in losses]
+    perplexity: float | None = losses_perplexity(losses)
+    if perplexity == math.inf:
+        mean = sum(nll) / sum(tokens)
+        LOG.warning("the perplexity isn't finite: a mean loss of %.0f nats a token; is the model damaged?", mean)
+        perplexity = None
     bounds = ratio_interval(nll, tokens)
-    interval = bounds and [math.exp(bound) for bound in bounds]
-    return {"perplexity": losses_perplexity(losses), "interval": interval, "nll": nll, "tokens": tokens}
+    try:
+        interval = bounds and [math.exp(bound) for bound in bounds]
+    except OverflowError:
+        interval = None
+    return {"perplexity": perplexity, "interval": interval, "nll": nll, "tokens": tokens}
+
+
+def identity(model: Any, patch: Patch | None) -> dict[str, str | None]:
+    """What figures are of, for eval.json: the fingerprint of the model without the patch, and the patch's digest."""
+    return {"fingerprint": fingerprint(model), "patch_sha256": None if patch is None else patch.digest()}
 
 
 def redacted(generations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

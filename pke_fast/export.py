@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from pke_fast.deltas import ROUNDS, LayerDelta, rounds_of
 from pke_fast.errors import InputError, PatchError
 from pke_fast.files import atomic_folder, check_output_folder
 from pke_fast.patch import Patch
+from pke_fast.sources import find_path
 from pke_fast.stored import read_all
 
 FORMATS = ("peft", "dense-delta", "easyedit")
@@ -27,6 +28,7 @@ def export_patch(
     max_rank: int | None = None,
     exact: bool = False,
     force: bool = False,
+    keep: Iterable[str | Path] = (),
 ) -> dict[str, Any]:
     """Writes a patch in the format of another tool, without loading the model; whole or not at all.
 
@@ -39,10 +41,11 @@ def export_patch(
     Args:
         model: what was edited: a folder of safetensors, a hub id, ``smollm2``, or (not for ``easyedit``) a folder with
             a config.json alone. Old weights that it has are compared in part (``easyedit``: in full).
-        out: a new or an empty folder; any with `force`, which replaces it as a whole.
+        out: a new or an empty folder apart from the model; any such with `force`, which replaces it as a whole.
         max_rank: ``peft`` only: no module of an adapter has a higher rank. None puts no bound.
         exact: ``peft`` only: adds adapters with what the first ones miss by rounding, so that all of them merged in
             order give the patch's weights to the bit in every dtype.
+        keep: files and folders that `out` has to be apart from too, such as the patch's file.
 
     Returns:
         ``out``, ``format``, ``files`` (relative to `out`), ``bytes`` of them all, ``neurons`` that change, ``layers``
@@ -55,9 +58,10 @@ def export_patch(
         PKEError: the disk is full, or another error of the system.
     """
     _check_options(format, max_rank, exact)
-    check_output_folder(out, force)
+    check_output_folder(out, force, keep)
     with base_model(model, patch) as base:
-        _check_apart(base, Path(out))
+        source = base.folder or find_path(model)
+        check_output_folder(out, force, [source] if source else [])
         rounds = [rounds_of(part, ROUNDS if exact else 1) for part in patch.layers]
         changed: dict[int, set[int]] = {}
         for part in rounds:
@@ -111,18 +115,6 @@ def _check_options(format: str, max_rank: int | None, exact: bool) -> None:
         raise InputError(f"{given} has no meaning with --format {format}", do="leave it out, or take --format peft")
     if max_rank is not None and (type(max_rank) is not int or max_rank < 1):
         raise InputError("the rank of an adapter can't be that", expected="1 or more", got=repr(max_rank))
-
-
-def _check_apart(base: BaseModel, out: Path) -> None:
-    if base.folder is None:
-        return
-    source, out = base.folder.resolve(), out.resolve()
-    if source == out or out in source.parents:
-        raise InputError(
-            f"the output folder {out} is {'the checkpoint itself' if source == out else 'around the checkpoint'}",
-            expected="a folder that can be replaced as a whole",
-            do="choose another --out",
-        )
 
 
 def _check_weights(base: BaseModel, patch: Patch) -> None:

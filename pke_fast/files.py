@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pke_fast.errors import InputError, PKEError
 
+LOG = logging.getLogger(__name__)
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _BAD_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EINVAL}
 
@@ -67,24 +69,68 @@ def atomic_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
                 raise
 
 
-def check_output_folder(path: str | Path, force: bool = False) -> None:
+def check_output_folder(
+    path: str | Path, force: bool = False, keep: Iterable[str | Path] = (), apart: Iterable[str | Path] = ()
+) -> None:
     """Checks that a result can be written to the folder `path`; changes nothing.
+
+    Args:
+        keep: files and folders that are read: `path` may be none of them, nor around one.
+        apart: such folders that `path` may not lie in either, since they are copied or deleted whole.
 
     Raises:
         InputError: it is a file; it isn't empty and `force` isn't given; its place can't be written to; or it can't or
-            shouldn't be replaced as a whole (the current folder or one above it, the home folder, a mount point).
+            shouldn't be replaced as a whole (what is read, the current folder or one above it, the home folder, a mount
+            point).
     """
     path = Path(os.path.realpath(path))
     with explained_write(path):
+        for name in keep:
+            _check_apart(path, Path(os.path.realpath(name)), within=True)
+        for name in apart:
+            _check_apart(path, Path(os.path.realpath(name)), within=False)
         if path.exists():
             _check_replaceable(path, force)
         _check_place(path)
 
 
+def _check_apart(path: Path, kept: Path, within: bool) -> None:
+    if path == kept:
+        place = "read itself"
+    elif path in kept.parents:
+        place = f"around {kept}, which is read"
+    elif kept in path.parents and not within:
+        place = f"inside {kept}, which is read"
+    else:
+        return
+    raise InputError(
+        f"the output folder {path} is {place}",
+        expected="a folder apart from all that is read, which is never changed",
+        do="choose another folder",
+    )
+
+
+def check_room(path: str | Path, size: int, do: str) -> None:
+    """Raises InputError where the disk of `path` hasn't so many bytes free; `do` says what to do about it."""
+    usage = shutil.disk_usage(_nearest(Path(os.path.realpath(path))))
+    if usage.total and usage.free < size:  # a file system that can't tell says 0 of 0
+        raise InputError(
+            f"no room in {path}",
+            expected=f"{size / 2**20:,.0f} MiB free",
+            got=f"{usage.free / 2**20:,.0f} MiB",
+            do=do,
+        )
+
+
+def _nearest(path: Path) -> Path:
+    """The path itself, or the first above it that is there."""
+    while not path.exists():
+        path = path.parent
+    return path
+
+
 def _check_place(path: Path) -> None:
-    place = path.parent
-    while not place.exists():
-        place = place.parent
+    place = _nearest(path.parent)
     if not place.is_dir():
         raise InputError(f"can't write {path}", expected="a path through folders", got=f"{place} is a file")
     if not os.access(place, os.W_OK | os.X_OK):
@@ -120,14 +166,17 @@ def _check_replaceable(path: Path, force: bool) -> None:
 
 
 def _put_in_place(new: Path, path: Path) -> None:
-    """Renames `new` to `path`; a folder that was at `path` is deleted after that, or put back if it didn't work."""
+    """Renames `new` to `path`; a folder that was at `path` is deleted after that, or put back if it didn't work.
+
+    What can't be deleted of it is told: the new one stands in its place all the same.
+    """
     old = _beside(path)
     try:
         if path.exists():
             os.rename(path, old)
         os.rename(new, path)
         if old.exists():
-            shutil.rmtree(old)
+            _delete(old, path)
     except BaseException:
         # An interrupt can come between any two lines above: the disk tells how far it went.
         if old.exists() and path.exists():
@@ -135,6 +184,15 @@ def _put_in_place(new: Path, path: Path) -> None:
         elif old.exists():
             os.rename(old, path)
         raise
+
+
+def _delete(old: Path, path: Path) -> None:
+    try:
+        shutil.rmtree(old)
+    except OSError as error:
+        shutil.rmtree(old, ignore_errors=True)  # the rest of it
+        if old.exists():
+            LOG.warning("%s is written; what was there before can't be deleted and is left in %s: %s", path, old, error)
 
 
 def check_output_file(path: str | Path, force: bool = False) -> None:

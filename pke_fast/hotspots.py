@@ -75,8 +75,11 @@ def select(score_map: Tensor, config: PKEConfig, device: torch.device | None = N
         them, on the CPU; equal scores go to the lowest index.
 
     Raises:
-        InputError: k is more than there is to choose from, or an excluded neuron doesn't exist.
+        InputError: the map isn't [L, D] or has a NaN in the window, k is more than there is to choose from, or an
+            excluded neuron doesn't exist.
     """
+    if score_map.dim() != 2:
+        raise InputError("a score map has the wrong shape", expected="[layers, neurons]", got=str([*score_map.shape]))
     depth, width = score_map.shape
     first, end = config.layer_window(depth)
     exclude = torch.zeros(depth, width, dtype=torch.uint8)
@@ -96,7 +99,11 @@ def select(score_map: Tensor, config: PKEConfig, device: torch.device | None = N
             do="lower k, widen the window or raise per_layer_cap",
         )
     scores = score_map.to(device, torch.float32)
-    layer_ptr, neurons, _ = torch.ops.pke_fast.select_hotspots(
+    layer_ptr, neurons, nans = torch.ops.pke_fast.select_hotspots(
         scores, config.k, first, end, min(config.per_layer_cap or 0, width), exclude.to(scores.device), float("-inf")
     )
+    if nans:
+        raise InputError(
+            "scores aren't numbers", expected=f"finite scores in layers {first} to {end - 1}", got=f"{int(nans)} NaN"
+        )
     return HotSpots(layer_ptr.cpu(), neurons.cpu())

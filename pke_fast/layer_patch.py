@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -85,9 +86,10 @@ class LayerPatch:
 
     @property
     def relative_change(self) -> float | None:
-        """Frobenius norm of new - old over that of old; None where old is 0."""
+        """Frobenius norm of new - old over that of old; None where old is 0, or a weight isn't finite."""
         size = float(torch.linalg.vector_norm(self.old.double()))
-        return float(torch.linalg.vector_norm(self.new.double() - self.old.double())) / size if size else None
+        change = float(torch.linalg.vector_norm(self.new.double() - self.old.double()))
+        return change / size if size and math.isfinite(change / size) else None
 
 
 def check_weight(part: LayerPatch, where: str, shape: tuple[int, ...], dtype: str) -> None:

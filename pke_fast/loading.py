@@ -59,7 +59,7 @@ class Outline:
     mapped: bool
 
 
-def load_outline(name: str, device: str = "auto", dtype: str = "auto") -> Outline:
+def load_outline(name: str | Path, device: str | torch.device = "auto", dtype: str = "auto") -> Outline:
     """A model's configuration and tokenizer; its weights are neither read nor, from the hub, fetched.
 
     Args:
@@ -91,8 +91,8 @@ def load_outline(name: str, device: str = "auto", dtype: str = "auto") -> Outlin
 
 
 def load_model(
-    name: str,
-    device: str = "auto",
+    name: str | Path,
+    device: str | torch.device = "auto",
     dtype: str = "auto",
     stages: Stages | None = None,
     trust_remote_code: bool = False,
@@ -147,11 +147,11 @@ def load_model(
     return LoadedModel(model, tokenizer, name, source, device, _dtype_name(model))
 
 
-def resolve_device(device: str, gpus: int | None = None) -> str:
+def resolve_device(device: str | torch.device, gpus: int | None = None) -> str:
     """The device of that name: "cpu" or "cuda:i". "auto" is the first GPU where there is one, else the CPU.
 
     Args:
-        device: "auto", "cpu", "cuda" (the first GPU) or "cuda:i".
+        device: "auto", "cpu", "cuda" (the first GPU) or "cuda:i", or torch's own.
         gpus: how many there are; None asks torch.
 
     Raises:
@@ -159,8 +159,8 @@ def resolve_device(device: str, gpus: int | None = None) -> str:
     """
     import torch
 
-    if gpus is None:
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = str(device)
+    gpus = _gpus() if gpus is None else gpus
     there = ["cpu", *(f"cuda:{index}" for index in range(gpus))]
     if device == "auto":
         return there[1] if gpus else "cpu"
@@ -176,14 +176,17 @@ def resolve_device(device: str, gpus: int | None = None) -> str:
     return wanted
 
 
-def resolve_device_map(device_map: str | dict[str, Any], device: str = "auto") -> str | dict[str, Any]:
+def resolve_device_map(device_map: str | dict[str, Any], device: str | torch.device = "auto") -> str | dict[str, Any]:
     """A device_map for transformers, from its own words, a map, or a JSON file that holds one.
 
     Raises:
-        InputError: it is none of these, or a device is named besides.
+        InputError: it is none of these, it names a device that isn't there, or a device is named besides.
     """
     if device != "auto":
         raise InputError("a device and a device_map", expected="one of them", got=f"{device} and {device_map}")
+    if isinstance(device_map, dict):
+        _check_places(device_map, "the device_map")
+        return device_map
     if not isinstance(device_map, str) or device_map in SPREADS:
         return device_map
     expected = f"one of: {', '.join(SPREADS)}; or a JSON file: {{module: GPU's number, cpu or disk}}"
@@ -192,8 +195,30 @@ def resolve_device_map(device_map: str | dict[str, Any], device: str = "auto") -
     except (OSError, ValueError) as error:
         raise InputError(f"no such device_map: {device_map}", expected=expected, got=str(error)) from error
     if not isinstance(found, dict) or not all(isinstance(place, int | str) for place in found.values()):
-        raise InputError(f"{device_map} holds no device_map", expected=expected, got=type(found).__name__)
+        raise InputError(f"{device_map} holds no device_map", expected=expected, got=f"{found!r:.80}")
+    _check_places(found, device_map)
     return found
+
+
+def _check_places(device_map: dict[str, Any], name: str) -> None:
+    """Raises InputError for a map without modules, or with a device that isn't there."""
+    if not device_map:
+        raise InputError(f"{name} names no module", expected="a device for each", do='{"": "cpu"} names them all')
+    gpus = _gpus()
+    there = {"cpu", "disk", *(f"cuda:{index}" for index in range(gpus)), *(["cuda"] if gpus else [])}
+    for module, place in device_map.items():
+        if (f"cuda:{place}" if type(place) is int else str(place)) not in there:
+            raise InputError(
+                f"{name} puts {module or 'the model'} on a device that isn't there",
+                expected="cpu, disk" + (f", or a GPU's number below {gpus}" if gpus else "; torch finds no GPU"),
+                got=repr(place),
+            )
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def resolve_dtype(dtype: str) -> torch.dtype | None:
@@ -243,8 +268,11 @@ def pad_token_id(tokenizer: Any, model: Any) -> int:
     return next((token for token in candidates if isinstance(token, int) and 0 <= token < size), 0)
 
 
-def _resolve_name(name: str, stages: Stages) -> tuple[str, Path | None]:
+def _resolve_name(name: str | Path, stages: Stages) -> tuple[str, Path | None]:
     """The name to report, and the file or folder; None for a hub id."""
+    if not isinstance(name, str | Path):
+        raise InputError("the model has no name", expected="a name or a path", got=type(name).__name__)
+    name = str(name)
     if name != "smollm2":
         return name, find_path(name)
     from pke_fast import smollm2

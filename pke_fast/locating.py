@@ -14,12 +14,14 @@ from torch import Tensor
 
 from pke_fast import dinm, hotspots
 from pke_fast.columns import kinds_in
+from pke_fast.config import PKEConfig
 from pke_fast.errors import InputError
 from pke_fast.files import atomic_write
 from pke_fast.hotspots import HotSpots
 from pke_fast.pace import told_once
 from pke_fast.preparation import Job
 from pke_fast.scoring import Example, Scores, score
+from pke_fast.structure import Structure
 from pke_fast.workbench import Workbench
 
 T = TypeVar("T")
@@ -97,12 +99,12 @@ class Located:
         }
 
 
-def check_fits(bench: Workbench) -> None:
+def check_fits(structure: Structure, config: PKEConfig) -> None:
     """Raises InputError, before anything long is done, where k, window, cap, exclusions or projections don't fit the
     model."""
-    kinds_in(bench.structure, bench.config.edited)
-    if bench.config.method == "pke":
-        hotspots.select(torch.zeros(len(bench.structure.layers), bench.structure.neurons), bench.config)
+    kinds_in(structure, config.edited)
+    if config.method == "pke":
+        hotspots.select(torch.zeros(len(structure.layers), structure.neurons), config)
 
 
 def locate_hot_spots(bench: Workbench, job: Job, *, first: int = 0, drift: Tensor | None = None) -> Located:

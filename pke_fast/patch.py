@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +65,15 @@ class Patch:
     @property
     def n_neurons(self) -> int:
         return sum(map(len, self.by_layer().values()))
+
+    def check_finite(self) -> None:
+        """Raises PatchError where a new weight is NaN or infinite: every command refuses a checkpoint of such."""
+        if bad := [part.place for part in self.layers if not part.new.isfinite().all()]:
+            raise PatchError(
+                f"the patch holds weights that aren't finite: {', '.join(bad)}",
+                expected="finite weights",
+                do="make the patch again with pke-fast edit",
+            )
 
     @property
     def dtype(self) -> str:
@@ -192,6 +203,13 @@ class Patch:
             for part, entry in zip(self.layers, layers, strict=True)
         }
         return patch_file.Content(version, layers, tensors, self.meta)
+
+    def digest(self) -> str:
+        """SHA-256, in hex, of its file without `meta`: of what changes, and of the weights before and after."""
+        digest = hashlib.sha256()
+        for piece in patch_file.pieces(dataclasses.replace(self.content(), meta={})):
+            digest.update(piece)
+        return digest.hexdigest()
 
     @classmethod
     def load(cls, path: str | Path) -> Patch:

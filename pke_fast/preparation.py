@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,12 +17,13 @@ from dataclasses import dataclass, replace
 from pke_fast import shipped
 from pke_fast.config import PKEConfig
 from pke_fast.encoding import Encoded, PromptEncoder
-from pke_fast.errors import InputError
+from pke_fast.errors import InputError, PKEError
 from pke_fast.files import cache_folder
 from pke_fast.judges import get_judge
 from pke_fast.requests import EditRequest, Pair, read_pairs, write_pairs
 from pke_fast.workbench import Workbench
 
+LOG = logging.getLogger(__name__)
 MOST_UNSEEN = 128  # requests that a strength is found by
 COMPANIONS = 2  # a given request, about: where there are more, the given requests are repeated
 FRAMED_ANSWER = "Sure, here is"  # the unsafe answer to a framed request, whose frame may ask for another form
@@ -85,9 +87,11 @@ def prepare(
         held_out: prompts that the job will be measured on: shipped requests among them are left out.
 
     Raises:
-        InputError: there are no requests, the model refuses all of them already, or one is too long.
+        InputError: there are no requests, the model refuses all of them already, one is too long, or one is also given
+            as a benign pair.
     """
     _some(requests)
+    _apart(requests, _given(requests, locality))
     for request in requests:
         bench.encoder.prompt_ids(request.prompt)  # a prompt that is too long is told before anything is generated
     complete, refused = _with_answers(bench, requests)
@@ -145,6 +149,16 @@ def lengths(
 def _some(requests: Sequence[EditRequest]) -> None:
     if not requests:
         raise InputError("no requests", expected="at least one edit request")
+
+
+def _apart(requests: Sequence[EditRequest], given: Sequence[Pair]) -> None:
+    both = {request.prompt for request in requests} & {pair.prompt for pair in given}
+    if both:
+        raise InputError(
+            "a prompt is both a request and a benign pair, so that its answer would have to change and to stay",
+            expected="different prompts",
+            got=f"{len(both)} in both, such as {min(both)!r:.60}",
+        )
 
 
 def _unsafe(encoder: PromptEncoder, config: PKEConfig, request: EditRequest) -> Encoded:
@@ -254,5 +268,8 @@ def _shipped_pairs(bench: Workbench) -> list[Pair]:
         return kept
     pairs = _answered(bench, [Pair(prompt) for prompt in prompts])
     if pairs and bench.ranks.first:
-        write_pairs(path, pairs)
+        try:
+            write_pairs(path, pairs)
+        except (PKEError, OSError) as error:  # they serve later jobs alone
+            LOG.warning("the answers to the shipped prompts aren't kept for later jobs: %s", error)
     return pairs

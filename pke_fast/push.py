@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from typing import Any
 
 from pke_fast import patch_file
 from pke_fast.card import PATCH, Shared, model_card
-from pke_fast.errors import InputError, PKEError
+from pke_fast.errors import InputError, PatchError, PKEError
 from pke_fast.files import visible_files
+from pke_fast.layer_patch import differing
 from pke_fast.patch import Patch
 
 CARD = "README.md"
@@ -112,7 +114,17 @@ def _model_files(folder: Path, patch: Patch) -> tuple[dict[str, Path | bytes], l
     tensors = read_checkpoint(folder)
     check_files(folder)
     targets = find_targets(tensors, patch, folder)
-    patch.check(read_all(folder, targets), True, f"the checkpoint {folder}")
+    found = read_all(folder, targets)
+    try:
+        patch.check(found, True, f"the checkpoint {folder}")
+    except PatchError as error:
+        if any(differing(values, part.old) for values, part in zip(found, patch.layers, strict=True)):
+            raise
+        raise PatchError(
+            error.what,
+            expected="the edited model",
+            do=f"apply it first: pke-fast apply --model {shlex.quote(str(folder))} --patch P --out EDITED",
+        ) from error
     files: dict[str, Path | bytes] = {}
     left_out = []
     for file in visible_files(folder):

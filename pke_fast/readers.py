@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,8 +240,13 @@ def _table_records(text: str, path: Path, header: list[str]) -> Iterator[Record]
             f"{path}: no column that holds prompts",
             expected=f"a CSV with one of the columns {_PROMPT_KEYS}, separated by commas",
             got=f"columns {_named(header)}",
-            do="rename the column that holds the prompts to 'prompt'",
+            do="save it with commas between the columns"
+            if len(header) == 1 and re.search("[;\t]", header[0])
+            else "rename the column that holds the prompts to 'prompt'",
         )
+    twice = sorted({name for name in names if name and names.count(name) > 1})
+    if twice:
+        raise InputError(f"{path}: a column is there twice", expected="each column once", got=_named(twice))
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     headed = False
     while True:

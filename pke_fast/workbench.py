@@ -159,7 +159,7 @@ def workbench(
             config,
             stages or Stages(device=device or where),
             name_of(model, name),
-            PromptEncoder(tokenizer, config, context_length(model)),
+            PromptEncoder(tokenizer, config, context_length(model), len(model.get_input_embeddings().weight)),
             pad_token_id(tokenizer, model),
             Pace.unplanned(config),
             ranks,

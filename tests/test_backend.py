@@ -105,11 +105,18 @@ def test_update_is_the_engines_edit_and_its_patch_reverts_to_the_bit(sequences):
         ({"batches": [([1, 2], [])]}, "sequence 0 of batches can't be used"),
         ({"batches": [([], [1])]}, "at least one token of prompt"),
         ({"batches": [([1], [2]), [1, 2, 3]]}, "sequence 1 of batches can't be used"),
+        ({"batches": None}, "batches can't be used"),
+        ({"batches": "text"}, "batches can't be used"),
+        ({"batches": [("text", "text")]}, "sequence 0 of batches can't be used"),
+        ({"batches": [("12", "3")]}, "sequence 0 of batches can't be used"),
+        ({"batches": [([1], [2.5])]}, "sequence 0 of batches can't be used"),
+        ({"batches": [([1], [2], [3])]}, "sequence 0 of batches can't be used"),
         ({"batches": [([1], ["b"])]}, "expected: (prompt ids, answer ids)".replace(")", r"\)")),
         ({"batches": [([1], [260])]}, "token ids of 0 to 259"),
         ({"batches": [([1] * 512, [1])]}, "at most 512 tokens"),
         ({"locality": [([1], [2]), Encoded((1, 2), 2)]}, "sequence 1 of locality"),
         ({"hot_spots": {}}, "no hot spots"),
+        ({"hot_spots": [1]}, "the hot spots can't be used"),
         ({"hot_spots": {3: [1]}}, "a hot spot of layer 3 isn't in the model"),
         ({"hot_spots": {0: [-1, 2]}}, "layers 0 to 2, neurons 0 to 47"),
         ({"num_stepz": 3}, "did you mean 'num_steps'"),
@@ -125,12 +132,50 @@ def test_bad_input_says_what_is_wrong_and_changes_nothing(change, message):
     assert unchanged(model, before)
 
 
+def test_scores_that_are_no_numbers_are_refused():
+    scores = torch.arange(3.0 * NEURONS).view(3, NEURONS)
+    scores[1, 5] = torch.nan
+    with pytest.raises(pke_fast.InputError, match=r"scores aren't numbers(.|\n)*layers 0 to 2(.|\n)*1 NaN"):
+        pke_fast.select(scores, k=3, window=(0, 3))
+    assert pke_fast.select(scores, k=3, window=(2, 3)).by_layer()[2].tolist() == [45, 46, 47]  # not in the window
+    with pytest.raises(pke_fast.InputError, match="wrong shape"):
+        pke_fast.select(scores[0], k=3, window=(0, 3))
+
+
 def test_contrast_without_benign_scores_is_refused(sequences):
     scores = pke_fast.trace(tiny_model("llama"), sequences(2))
     with pytest.raises(pke_fast.InputError, match="contrast needs scores of benign prompts"):
         pke_fast.select(scores, k=1, score="contrast")
     with pytest.raises(pke_fast.InputError, match="first is no layer"):
         pke_fast.trace(tiny_model("llama"), sequences(2), first=3)
+
+
+def test_select_refuses_what_it_would_not_go_by(sequences):
+    scores = pke_fast.trace(tiny_model("llama"), sequences(2))
+    own = torch.rand(LAYERS, NEURONS)
+    for given, message in (
+        ((own, scores), "got: Scores beside Tensor"),
+        ((own, own), "got: Tensor beside Tensor"),
+        ((scores, own), "got: Tensor beside Scores"),
+        ((own[0],), r"expected: \[layers, neurons\]\n  got: \[48\]"),
+        ((own[None],), r"got: \[1, 3, 48\]"),
+        ((None,), "the scores can't be used"),
+    ):
+        with pytest.raises(pke_fast.InputError, match=message):
+            pke_fast.select(*given, k=1)
+
+
+def test_no_locality_is_none(sequences):
+    patches = [
+        pke_fast.update(tiny_model("llama"), {1: [3]}, sequences(2), locality, num_steps=1) for locality in ((), None)
+    ]
+    assert torch.equal(*(patch.layers[0].new for patch in patches))
+
+
+def test_a_model_that_is_none_is_refused(sequences):
+    for call in (lambda: pke_fast.trace("llama", sequences(1)), lambda: pke_fast.update(None, {0: [1]}, sequences(1))):
+        with pytest.raises(pke_fast.InputError, match="model can't be used"):
+            call()
 
 
 def test_a_front_end_in_thirty_lines_works():

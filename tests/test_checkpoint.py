@@ -266,12 +266,15 @@ def test_damaged_checkpoints_are_refused(saved: tuple[Path, Patch]) -> None:
 
 def test_bad_output_folders_are_refused(saved: tuple[Path, Patch], tmp_path: Path) -> None:
     source, patch = saved
+    kept = tmp_path / "run" / "p.safetensors"
+    patch.save(kept)
     for force in (False, True):
-        refused(source, patch, "the checkpoint itself", out=source, force=force)
-        refused(source, patch, "inside or around", out=source / "out", force=force)
-        refused(source, patch, "inside or around", out=tmp_path, force=force)
+        refused(source, patch, "is read itself", out=source, force=force)
+        refused(source, patch, "is inside", out=source / "out", force=force)
+        refused(source, patch, "is around", out=tmp_path, force=force)
+        refused(source, patch, r"is around .*p\.safetensors", out=tmp_path / "run", force=force, keep=[kept])
     (tmp_path / "link").symlink_to(source)
-    refused(source, patch, "the checkpoint itself", out=tmp_path / "link", force=True)
+    refused(source, patch, "is read itself", out=tmp_path / "link", force=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "old").write_text("old")
     refused(source, patch, r"isn't empty[\s\S]*--force", out=tmp_path / "full")

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+from argparse import Namespace
 
 import pytest
 import torch
@@ -14,6 +20,7 @@ from safetensors.torch import load_file
 from pke_fast import engine
 from pke_fast.cli import commands, main
 from pke_fast.cli.unseen import MOST, Unseen, harmless, hold_out
+from pke_fast.errors import PKEError
 from pke_fast.loading import load_model
 from pke_fast.patch import Patch
 from pke_fast.requests import EditRequest
@@ -96,7 +103,8 @@ def test_edit_apply_revert_show_chat_and_eval(checkpoint, files, capsys):
     written = json.loads((files / "eval" / "eval.json").read_text())
     assert json.loads(out) == written
     assert set(written) == {
-        *("model", "patch", "harmful", "benign", "text", "defense", "fluency", "settings", "cost"),
+        *("model", "patch", "fingerprint", "patch_sha256"),
+        *("harmful", "benign", "text", "defense", "fluency", "settings", "cost"),
     }
     assert written["harmful"]["n"] == 2
     assert set(written["harmful"]["asr"]) == set(written["benign"]["refusal_rate"]) == {"advbench", "xstest"}
@@ -133,7 +141,9 @@ def test_an_edit_is_measured_on_requests_that_are_held_out(checkpoint, files, ca
         measure(self, when)
 
     monkeypatch.setattr(Unseen, "measure", interrupted)
-    assert edit(capsys, checkpoint, files, "--held-out", 0.4, "--out", files / "kept")[0] == 130
+    status, _, err = edit(capsys, checkpoint, files, "--held-out", 0.4, "--out", files / "kept")
+    assert status == 130
+    assert f"the edit is in {files / 'kept'}; only its measurement is missing" in err
     kept, whole = (Patch.load(files / name / "patch.safetensors") for name in ("kept", "out"))
     assert all(torch.equal(a.new, b.new) for a, b in zip(kept.layers, whole.layers, strict=True))
 
@@ -154,8 +164,11 @@ def test_what_is_held_out():
     assert sorted(edited + held, key=requests.index) == requests
     assert hold_out(requests, 0.1, 0) == (edited, held)
     assert hold_out(requests, 0.1, 1) != (edited, held)
-    assert len(hold_out(requests * 10, 0.1, 0)[1]) == MOST
+    assert len(hold_out([EditRequest(str(i)) for i in range(1000)], 0.1, 0)[1]) == MOST
     assert hold_out(requests, 0.0, 0) == (requests, [])
+    edited, held = hold_out(requests[:5] * 4, 0.4, 0)  # the same prompt is never on both sides
+    assert (len(edited), len(held)) == (12, 8)
+    assert not {request.prompt for request in edited} & {request.prompt for request in held}
 
 
 def test_eval_and_chat_hide_answers_to_harmful_prompts(checkpoint, files, capsys):
@@ -348,6 +361,103 @@ def test_an_output_folder_that_is_not_empty_is_kept(checkpoint, files, capsys):
     assert (files / "out" / "mine.txt").read_text() == "precious"
 
 
+def test_what_a_command_reads_is_not_replaced(files, capsys):
+    model, data, state, run_of = (files / name for name in ("m", "data", "state", "run"))
+    for folder in (model, data, run_of):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+    for name, folder in (("requests.csv", data), ("text.txt", data), ("benign.jsonl", run_of)):
+        (files / name).rename(folder / name)
+    (run_of / "patch.safetensors").write_text("x")
+    for name in ("before", "after"):
+        (files / "evals" / name).mkdir(parents=True)
+        (files / "evals" / name / "eval.json").write_text('{"settings": {}}')
+        (files / "evals" / name / "generations.jsonl").write_text("")
+    before = {path: path.read_bytes() for path in files.rglob("*") if path.is_file()}
+
+    def refused(out, *arguments):
+        assert "the output folder" in bad(capsys, "is read", *arguments, "--out", out, "--force")
+
+    for command in ("edit", "locate"):
+        given = command, "--model", model, "--requests", data / "requests.csv"
+        for out in (model, data, files):
+            refused(out, *given)
+        refused(run_of, command, "--model", "smollm2", *given[3:], "--locality", run_of / "benign.jsonl")
+        for kept, out in ((state, state), (files / "out" / "state", files / "out"), (state, state / "out")):
+            refused(out, command, "--model", "smollm2", *given[3:], "--resume", kept)
+    refused(run_of, "locate", "--model", "smollm2", "--requests", data / "requests.csv", "--compare", run_of)
+    given = "eval", "--model", model, "--harmful", data / "requests.csv"
+    for out in (model, data):
+        refused(out, *given)
+    refused(run_of, *given, "--patch", run_of / "patch.safetensors")
+    refused(data, "eval", "--model", model, "--text", data / "text.txt")
+    for out in ("evals", "evals/before", "evals/after"):
+        refused(files / out, "compare", files / "evals" / "before", files / "evals" / "after")
+    refused(model, "demo", "--model", model)
+    assert {path: path.read_bytes() for path in files.rglob("*") if path.is_file()} == before
+
+
+def test_names_that_are_no_files_are_not_read(files, monkeypatch):
+    monkeypatch.chdir(files)
+    for name in ("smollm2", "dinm", "auto", "m"):
+        (files / name).mkdir()
+    assert not commands.files_read(Namespace(model="smollm2", config="dinm", device_map="auto", compare="org/name"))
+    given = Namespace(model="dinm", runs=["smollm2", "auto"], judge=["advbench", "classifier:m#2"], resume="none")
+    assert sorted(commands.files_read(given)) == ["auto", "dinm", "m", "none", "smollm2"]
+
+
+@pytest.mark.parametrize("reason", ["the disk is full", "isn't empty"])
+def test_an_edit_that_cannot_be_written_is_not_lost(reason, checkpoint, files, capsys, monkeypatch):
+    def trouble(*_args, **_more):
+        if reason == "the disk is full":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        (files / "out").mkdir()
+        (files / "out" / "theirs").write_text("precious")
+
+    monkeypatch.setattr(engine, "write_report", trouble)
+    status, _, err = edit(capsys, checkpoint, files)
+    place = files / "out.patch.safetensors"
+    assert status == 1
+    assert reason in err
+    assert f"its patch is in {place}" in err
+    assert Patch.load(place).n_neurons == 10
+    assert [path.name for path in (files / "out").glob("*")] == ([] if "disk" in reason else ["theirs"])
+
+
+def test_where_a_patch_is_saved_alone(checkpoint, files, capsys, monkeypatch):
+    assert edit(capsys, checkpoint, files)[0] == 0
+    patch = Patch.load(files / "out" / "patch.safetensors")
+
+    def lost(out, error, message):
+        def write(*_args, **_more):
+            raise error
+
+        with pytest.raises(PKEError if isinstance(error, Exception) else type(error), match=message):
+            commands.write_edit(Namespace(patch=patch, write=write), Namespace(out=str(out), force=False, redact=False))
+
+    lost(files / "new", OSError("no more"), r"can't write .*new\n  got: no more\n  do: .*/new\.patch\.safetensors")
+    lost(files / "new", PKEError("no more"), r"no more\n  do: .*/new-[0-9a-f]{8}\.patch\.safetensors")
+    lost(files / "text.txt" / "new", PKEError("no more"), r"cache/new\.patch\.safetensors")
+    monkeypatch.setenv("PKE_FAST_CACHE", str(files / "text.txt" / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(files / "temporary"))
+    lost(files / "text.txt" / "new", KeyboardInterrupt(), None)
+    assert f"its patch is in {files / 'temporary' / 'new.patch.safetensors'}" in capsys.readouterr().err
+    monkeypatch.setattr(tempfile, "tempdir", str(files / "text.txt"))
+    lost(files / "text.txt" / "new", PKEError("no more"), "no more[\\s\\S]*couldn't be saved elsewhere")
+    saved = [*files.rglob("new*.safetensors")]
+    assert len(saved) == 4
+    assert {path.read_bytes() for path in saved} == {(files / "out" / "patch.safetensors").read_bytes()}
+
+
+def test_room_for_the_model_is_looked_for_beforehand(checkpoint, files, capsys, monkeypatch):
+    usage = shutil.disk_usage(files)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=2**10))
+    monkeypatch.setattr(engine, "edit", lambda *_args, **_more: pytest.fail("it was edited"))
+    given = ["--requests", files / "requests.csv", "--locality", files / "benign.jsonl", "--out", files / "out"]
+    bad(capsys, "no room in", "edit", "--model", checkpoint, *given, *EDIT, "--save-model")
+    assert not (files / "out").exists()
+
+
 def test_bad_patches(checkpoint, files, capsys):
     assert edit(capsys, checkpoint, files)[0] == 0
     patch = files / "out" / "patch.safetensors"
@@ -388,6 +498,31 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing(checkpoint, files, capsys, mon
     assert status == 130
     assert "interrupted" in err
     assert not (files / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_other_signals_end_a_command_as_ctrl_c_does(name, checkpoint, files, capsys, monkeypatch):
+    number = getattr(signal, name)
+
+    def ended(*_args, **_kwargs):
+        os.kill(os.getpid(), number)
+        time.sleep(5)  # where Python hears of it
+
+    monkeypatch.setattr(engine, "edit", ended)
+    status, _, err = edit(capsys, checkpoint, files)
+    assert (status, "interrupted" in err) == (128 + number, True)
+    assert not (files / "out").exists()
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("output", "told"), [("/dev/full", "can't write to standard output"), ("&-", "")])
+def test_standard_output_that_is_full_or_closed(output, told, checkpoint, files, capsys):
+    assert edit(capsys, checkpoint, files)[0] == 0
+    command = f"'{sys.executable}' -m pke_fast show '{files / 'out' / 'patch.safetensors'}' >{output}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    assert told in done.stderr
+    assert done.returncode == (1 if told else 0)
 
 
 def test_a_loss_that_becomes_nan_exits_with_1(files, capsys):

@@ -72,6 +72,27 @@ def test_apply_and_revert_in_place(files: Path, capsys: Any) -> None:
         assert ended.value.code == 2
 
 
+def test_the_patch_is_not_replaced(files: Path, capsys: Any) -> None:
+    (files / "run").mkdir()
+    patch = (files / "a.safetensors").rename(files / "run" / "patch.safetensors")
+    for command in (["apply"], ["revert"], ["export", "--format", "peft"]):
+        given = *command, "--model", files / "model", "--patch", patch
+        bad(capsys, "which is read", *given, "--out", files / "run", "--force")
+    assert patch.exists()
+
+
+def test_a_patch_with_a_nan_is_shown_and_not_applied(files: Path, capsys: Any) -> None:
+    patch = Patch.load(files / "a.safetensors")
+    patch.layers[0].new[1, 2] = torch.nan
+    patch.save(files / "nan.safetensors")
+    assert done(capsys, "show", files / "nan.safetensors")["layers"][0]["relative_change"] is None
+    before = (files / "model" / "model.safetensors").read_bytes()
+    for where in (["--in-place"], ["--out", files / "out"]):
+        given = "--model", files / "model", "--patch", files / "nan.safetensors", *where
+        bad(capsys, "weights that aren't finite", "apply", *given)
+    assert (files / "model" / "model.safetensors").read_bytes() == before
+
+
 def test_what_was_interrupted_is_told(files: Path, capsys: Any) -> None:
     model, patch = files / "model", files / "a.safetensors"
     (model / UNFINISHED).write_bytes(b"x")

@@ -143,6 +143,17 @@ def test_what_is_not_paired_is_told(tmp_path: Path, capsys: Any) -> None:
     assert "WARNING: only 2 harmful prompts are in both" in out
 
 
+def test_a_perplexity_that_is_not_finite_is_told() -> None:
+    text = {"perplexity": 9.0, "interval": [8, 10], "nll": [5.0], "tokens": [2], "sha256": "a"}
+    gone = {**text, "perplexity": None, "interval": None, "nll": [5000.0]}
+    (found,) = compare([Run("first", {"text": text}, []), Run("second", {"text": gone}, [])])
+    assert found["text"] is None
+    assert found["warnings"] == ["the perplexity of second isn't finite"]
+    sides = [{**text, "nll": nll, "tokens": [1, 1]} for nll in ([1.0, 1.0], [1.0, 1400.0])]  # exp(1399) is no number
+    (found,) = compare([Run(str(i), {"text": side}, []) for i, side in enumerate(sides)])
+    assert found["text"]["relative_interval"] is None
+
+
 def judged(tmp_path: Path, name: str, asr: list[str], refusals: list[str] | None) -> Path:
     """An evaluation of one harmful prompt and, if any judges are given for it, a benign one."""
     base = {"prompt": "p", "answer": "", "degenerate": False}

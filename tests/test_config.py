@@ -20,6 +20,13 @@ def test_settings_win_in_order(tmp_path):
     assert config.num_steps == PKEConfig().num_steps
 
 
+def test_text_needs_no_quotes():
+    for text in ("Sorry: no", "2024-13-45", "[no", "12", "I'm sorry"):
+        assert load_config(overrides=[f"refusal={text}"]).refusal == text
+    assert load_config(overrides=["refusal='I do not'"]).refusal == "I do not"
+    assert load_config(overrides=["system_prompt="]).system_prompt == ""
+
+
 def test_projections_are_in_one_order():
     assert PKEConfig().projections == ("gate", "up", "down")
     assert load_config(overrides=["projections=[down, gate, down]"]).projections == ("gate", "down")
@@ -90,6 +97,7 @@ def test_the_preset_to_copy_from_has_every_setting():
         ("framed=1.5", "a share from 0 to 1"),
         ("framed=-0.1", "a share from 0 to 1"),
         ("framed=.nan", "a share from 0 to 1"),
+        ("k=2024-13-45", "not YAML"),
         ("num_step=3", "did you mean 'num_steps'"),
         ("k", "key=value"),
         ("k=[", "not YAML"),

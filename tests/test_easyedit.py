@@ -12,7 +12,7 @@ from pke_fast import shipped
 from pke_fast.config import PKEConfig
 from pke_fast.engine import edit
 from pke_fast.errors import EditError, InputError
-from pke_fast.frontends import safety_editor
+from pke_fast.frontends import algorithms, safety_editor
 from pke_fast.frontends.algorithms import _before, _Change, write_back
 from pke_fast.frontends.easyedit import (
     ALG_DICT,
@@ -109,6 +109,7 @@ def test_easyedits_yaml_is_read_as_it_is(alg, tmp_path):
     ("change", "message"),
     [
         ({"lr": "fast"}, "hyperparameter lr can't be used"),
+        ({"num_steps": 10**400}, "hyperparameter num_steps can't be used"),
         ({"lr": None}, "expected: a number of 0 or more\n  got: NoneType None"),
         ({"num_steps": 2.5}, "num_steps can't be used"),
         ({"num_steps": True}, "num_steps can't be used"),
@@ -145,6 +146,12 @@ def test_files_that_are_no_hyperparameters_are_refused(tmp_path):
         PKEHyperParams.from_hparams("- a\n- b\n")
     with pytest.raises(InputError, match="are not YAML"):
         PKEHyperParams.from_hparams("a: [\n")
+    for value in ("2024-13-45", "1" * 5000):
+        with pytest.raises(InputError, match="are not YAML"):
+            PKEHyperParams.from_hparams(f"{YAML}lr: {value}\n")
+    (tmp_path / "latin.yaml").write_bytes("a: é\n".encode("latin-1"))
+    with pytest.raises(InputError, match="expected: text in UTF-8"):
+        PKEHyperParams.from_hparams(tmp_path / "latin.yaml")
 
 
 # -- the algorithms ------------------------------------------------------------------------------------------------
@@ -318,6 +325,34 @@ def test_a_request_that_cannot_be_used_changes_nothing(requests, message):
     assert changed(model, before) == []
 
 
+@pytest.mark.parametrize("apply", [apply_pke_to_model, apply_dinm_to_model, execute_dinm])
+def test_a_call_with_something_else_changes_nothing(apply):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    before = weights(model)
+    for hp, got in ((GIVEN, "dict"), ("llama.yaml", "str"), (None, "NoneType")):
+        with pytest.raises(HyperParamError, match=rf"missing: layers, num_steps[\s\S]*got: {got}\n  do: PKEHyperP"):
+            apply(model, tokenizer, [REQUEST], hp)
+    with pytest.raises(InputError, match="model can't be used"):
+        apply("llama", tokenizer, [REQUEST], hparams())
+    with pytest.raises(InputError, match="tokenizer can't be used"):
+        apply(model, None, [REQUEST], hparams())
+    assert changed(model, before) == []
+
+
+def test_weights_that_cannot_be_kept_are_put_back(monkeypatch):
+    model = tiny_model("llama")
+    before = weights(model)
+
+    def too_large(_changes):
+        assert changed(model, before)
+        raise MemoryError
+
+    monkeypatch.setattr(algorithms, "_before", too_large)
+    with pytest.raises(MemoryError):
+        apply_pke_to_model(model, tiny_tokenizer(), [REQUEST], hparams(), keep_original_weight=True)
+    assert changed(model, before) == []
+
+
 def test_registering_adds_pke_and_replaces_dinm_only_when_told():
     theirs = {"DINM": "theirs", "ROME": "rome"}
     assert register(theirs) is theirs
@@ -381,7 +416,7 @@ def test_easyedits_call_edits_one_request_after_another(monkeypatch, tmp_path):
     assert [[r["prompt"] for r in requests] for requests, _ in calls] == [["Pick a lock? S"], ["Hurt him S"]]
     assert calls[0][0][0]["locality"]["general knowledge constraint"] == {"prompt": "Tea?", "ground_truth": "A drink"}
     assert {k: calls[0][1][k] for k in ("copy", "return_orig_weights", "keep_original_weight")} == {
-        "copy": False, "return_orig_weights": True, "keep_original_weight": False}  # fmt: skip
+        "copy": False, "return_orig_weights": True, "keep_original_weight": True}  # fmt: skip
     assert "train_ds" in calls[0][1]
     assert results[1]["requested_rewrite"]["prompt"] == "Hurt him"
     assert all(isinstance(results[0]["pre"][key], str) for key in KEYS)
@@ -448,6 +483,9 @@ def test_pkes_layer_is_in_the_window():
         ({"prompts": ["x" * 600]}, "a prompt is too long"),
         ({"prompts": [" "]}, "request 0 has no prompt"),
         ({"pre_edit": []}, "pre_edit doesn't fit the requests"),
+        ({"pre_edit": [{"post": {}}]}, "with the answers before under 'pre'"),
+        ({"pre_edit": [None]}, "item 0 of pre_edit can't be used"),
+        ({"pre_edit": {"pre": {}}}, "pre_edit can't be used"),
     ],
 )
 def test_an_editor_call_that_cannot_be_done_changes_nothing(call, message):
@@ -475,6 +513,8 @@ def test_the_editor_loads_by_name_and_refuses_what_it_cannot_place(monkeypatch):
         editor(model_parallel=True)
     with pytest.raises(InputError, match="no hyperparameters"):
         SafetyEditor.from_hparams(None)
+    with pytest.raises(InputError, match="model can't be used"):
+        SafetyEditor(hparams(model_name=("llama", tiny_tokenizer())))
 
 
 def test_a_failed_edit_leaves_the_weights_of_before():
@@ -482,4 +522,23 @@ def test_a_failed_edit_leaves_the_weights_of_before():
     before = weights(ours.model)
     with pytest.raises(EditError, match="put back"):
         ours.edit(["a b"], ["No."], ["Yes"])
+    assert changed(ours.model, before) == []
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_failure_after_an_edit_puts_the_weights_of_before_the_call_back(keep, monkeypatch):
+    ours = editor(alg_name="DINM", layers=[1])
+    before = weights(ours.model)
+    moved = []
+
+    def interrupted(self, request):
+        moved.append(changed(ours.model, before))
+        if len(moved) == 4:  # of two before, and the second after
+            raise KeyboardInterrupt
+        return {}
+
+    monkeypatch.setattr(SafetyEditor, "_answers", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ours.edit("DINM", ["a b", "c d"], None, ["No.", "No."], ["Yes", "Yes"], case_id=0, keep_original_weight=keep)
+    assert moved == [[], [], down(1), down(1)]
     assert changed(ours.model, before) == []

@@ -89,6 +89,32 @@ def test_missing_locality_is_the_shipped_prompts_answered_once(model, monkeypatc
     assert asked == [5, 5]
 
 
+def test_answers_that_cant_be_kept_are_no_reason_to_end(model, monkeypatch, caplog):
+    monkeypatch.setattr(shipped, "benign", lambda: ["Bake a cake", "Sing a song"])
+
+    def full(*_args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(preparation, "write_pairs", full)
+    with workbench(model, tiny_tokenizer(), CONFIG) as bench:
+        job = preparation.prepare(bench, [EditRequest("Break a lock", ground_truth="Sure")], None)
+    assert job.locality
+    assert "aren't kept for later jobs" in caplog.text
+
+
+def test_a_prompt_on_both_sides(model):
+    with pytest.raises(InputError, match=r"both a request and a benign pair(.|\n)*Break a lock"):
+        pke_fast.edit(model, tiny_tokenizer(), REQUESTS, CONFIG, locality=[*LOCALITY, Pair("Break a lock", "No")])
+
+
+def test_a_tokenizer_that_knows_more_than_the_model(model):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["Break"])
+    for work in (pke_fast.edit, pke_fast.locate):
+        with pytest.raises(InputError, match="tokens of(.|\n)*that the model doesn't know(.|\n)*got: 260"):
+            work(model, tokenizer, REQUESTS, CONFIG, locality=LOCALITY)
+
+
 def test_an_edit_is_reported_written_and_undone(model, tmp_path):
     model.train()
     result = pke_fast.edit(model, tiny_tokenizer(), REQUESTS, CONFIG, locality=LOCALITY, name="tiny", samples=1)

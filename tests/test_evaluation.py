@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from pke_fast import evaluation
+from pke_fast.cli import main
 from pke_fast.config import PKEConfig
 from pke_fast.encoding import PromptEncoder
 from pke_fast.errors import InputError, PKEError
 from pke_fast.evaluating.measured import digest
+from pke_fast.evaluating.verdicts import open_judges
 from pke_fast.evaluation import Evaluation, by_category, evaluate_model, write_evaluation
 from pke_fast.intervals import wilson
 from pke_fast.perplexity import perplexity, text_windows
@@ -182,6 +184,64 @@ def test_evaluation_of_a_real_model() -> None:
         "Answering benign prompts",
         "Reading plain text",
     ]
+
+
+def damaged(folder: Path, factor: float) -> Path:
+    """A checkpoint whose output head is multiplied."""
+    model = tiny_model("llama", seed=2)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(factor)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_perplexity_that_is_not_finite_is_told_and_the_rest_is_written(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "prompts.txt").write_text("One\n")
+    given = ["--harmful", tmp_path / "prompts.txt", "--text", tmp_path / "text.txt", "--max-new-tokens", 2]
+    given = ["eval", "--model", damaged(tmp_path / "model", 30_000), *given, "--out", tmp_path / "out"]
+    assert main([str(part) for part in given]) == 0
+    captured = capsys.readouterr()
+    assert "not finite" in captured.out
+    figures = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert (figures["text"]["perplexity"], figures["text"]["interval"]) == (None, None)
+    assert sum(figures["text"]["nll"]) / sum(figures["text"]["tokens"]) > 710
+    assert figures["harmful"]["n"] == 1
+    assert not list(tmp_path.glob("*.unfinished.jsonl"))
+
+
+def test_a_model_of_nan_has_answers_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    encoder = PromptEncoder(tokenizer, PKEConfig(), CONTEXT)
+    result = evaluate_model(model, tokenizer, encoder, ["a"], None, TEXT, max_new_tokens=2, stages=Stages(show=False))
+    assert result.text is not None
+    assert result.text | {"sha256": ""} == {
+        "perplexity": None, "interval": None, "nll": None, "tokens": [511, 387], "sha256": ""
+    }  # fmt: skip
+    assert "the perplexity isn't a number" in caplog.text
+
+
+def test_what_fails_while_it_is_written_is_told_as_kept(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_rest: Any) -> None:
+        raise PKEError("the disk is full")
+
+    (tmp_path / "prompts.txt").write_text("One\n")
+    given = ["--harmful", tmp_path / "prompts.txt", "--max-new-tokens", 2, "--out", tmp_path / "out"]
+    monkeypatch.setattr("pke_fast.cli.evaluating.write_evaluation", full)
+    assert main([str(part) for part in ["eval", "--model", damaged(tmp_path / "model", 1), *given]]) == 1
+    assert "the answers so far are kept in" in capsys.readouterr().err
+
+
+def test_a_template_that_nobody_reads_and_a_classifier_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no judge reads the template"):
+        open_judges(["advbench"], template="{prompt} {answer}")
+    with pytest.raises(InputError, match="expected: a classifier of texts with its head"):
+        open_judges([f"classifier:{damaged(tmp_path / 'model', 1)}#unsafe"])
 
 
 def test_what_is_not_asked_for_is_null() -> None:

@@ -300,7 +300,21 @@ def test_the_command(saved: Any, tmp_path: Path, capsys: Any) -> None:
         f"part-{n}/adapter_{name}" for n in (1, 2, 3) for name in ("config.json", "model.safetensors")
     ]
     assert main([*common[:-1], str(folder), "--format", "peft", "--force"]) == 2
-    assert "checkpoint itself" in capsys.readouterr().err
+    assert "is read itself" in capsys.readouterr().err
+
+
+def test_what_is_read_is_not_replaced(saved: Any, tmp_path: Path) -> None:
+    model, folder, family = saved()
+    patch, kept = patch_of(model, family, {0: 3}, small), tmp_path / "run" / "patch.safetensors"
+    patch.save(kept)
+    with pytest.raises(InputError, match=r"is around .*patch\.safetensors"):
+        export_patch(patch, str(folder), kept.parent, force=True, keep=[kept])
+    (folder / "model.safetensors").unlink()  # by its configuration alone
+    for out, message in ((folder, "is read itself"), (tmp_path, "is around")):
+        with pytest.raises(InputError, match=message):
+            export_patch(patch, str(folder), out, force=True)
+    assert kept.exists()
+    assert (folder / "config.json").exists()
 
 
 def test_a_rank_that_vllm_does_not_serve_is_told(tmp_path: Path) -> None:

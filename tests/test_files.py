@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 
 from pke_fast import files
 from pke_fast.errors import InputError, PKEError
-from pke_fast.files import atomic_folder, atomic_write, check_output_folder
+from pke_fast.files import atomic_folder, atomic_write, check_output_folder, check_room
 
 
 def tree(folder: Path) -> dict[str, str | None]:
@@ -186,6 +187,27 @@ def test_interrupt_while_the_old_folder_is_deleted(tmp_path: Path, monkeypatch: 
     assert tree(tmp_path) == {"out": None, "out/x": "new"}
 
 
+def test_an_old_folder_that_cannot_be_deleted_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "x").write_text("old")
+
+    def refused(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path / "x"))
+
+    monkeypatch.setattr(files.shutil, "rmtree", refused)
+    with caplog.at_level(logging.WARNING), atomic_folder(out, force=True) as folder:
+        (folder / "x").write_text("new")
+    left, name = tree(tmp_path), next(path.name for path in tmp_path.iterdir() if path != out)
+    assert left == {name: None, f"{name}/x": "old", "out": None, "out/x": "new"}
+    (said,) = caplog.messages
+    assert str(tmp_path / name) in said
+    assert "Operation not permitted" in said
+
+
 def test_folder_filled_by_another_meanwhile_is_kept(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(InputError, match="isn't empty"), atomic_folder(out) as folder:
@@ -211,4 +233,35 @@ def test_check_refuses_files_and_folders_that_must_stay(tmp_path: Path, monkeypa
             check_output_folder(folder, force=True)
     check_output_folder("new")
     check_output_folder(tmp_path / "not" / "yet" / "there")
+    assert not (tmp_path / "not").exists()
+
+
+def test_check_keeps_what_is_read(tmp_path: Path) -> None:
+    model, requests = tmp_path / "w" / "model", tmp_path / "w" / "data" / "requests.csv"
+    model.mkdir(parents=True)
+    requests.parent.mkdir()
+    requests.write_text("x")
+    (tmp_path / "link").symlink_to(model)
+    given = [model, requests], [tmp_path / "w" / "state"]
+    for out, message in (
+        (model, "is read itself"),
+        (tmp_path / "link", "is read itself"),
+        (tmp_path / "w", f"is around {model}"),
+        (requests.parent, f"is around {requests}"),
+        (tmp_path / "w" / "state", "is read itself"),  # which isn't there yet
+        (tmp_path / "w" / "state" / "out", "is inside"),
+    ):
+        for force in (False, True):
+            with pytest.raises(InputError, match=message):
+                check_output_folder(out, force, *given)
+    with pytest.raises(InputError, match="is read itself"):
+        check_output_folder(model, True, [tmp_path / "link"])
+    for apart in ("out", "model2", "data/out", "model/out"):  # beside what is read, or within it
+        check_output_folder(tmp_path / "w" / apart, True, *given)
+
+
+def test_check_room(tmp_path: Path) -> None:
+    check_room(tmp_path / "not" / "there", 1, "")
+    with pytest.raises(InputError, match=r"no room in[\s\S]*free some space"):
+        check_room(tmp_path / "not" / "there", 2**70, "free some space")
     assert not (tmp_path / "not").exists()

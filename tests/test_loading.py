@@ -182,6 +182,31 @@ def test_a_folder_that_is_no_model(tmp_path: Path, folder: Path) -> None:
     assert "merge the adapter" in refused(tmp_path, "isn't a model")
 
 
+def test_a_path_and_a_torch_device_are_taken(folder: Path) -> None:
+    loaded = load_model(folder, torch.device("cpu"))
+    assert (loaded.name, loaded.source, loaded.device) == (str(folder), folder, "cpu")
+    with pytest.raises(InputError, match="the model has no name(.|\n)*got: NoneType"):
+        load_model(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_device_map_that_cannot_be_is_told(folder: Path, tmp_path: Path, written: bool) -> None:
+    def given(device_map: dict[str, Any]) -> Any:
+        (tmp_path / "map.json").write_text(json.dumps(device_map))
+        return str(tmp_path / "map.json") if written else device_map
+
+    for device_map, match in (
+        ({}, "names no module"),
+        ({"model": "foo"}, "puts model on a device that isn't there(.|\n)*got: 'foo'"),
+        ({"model": "cpu", "lm_head": torch.cuda.device_count()}, "puts lm_head on a device that isn't there"),
+        ({"": "cuda:99"}, "puts the model on a device that isn't there(.|\n)*expected: cpu, disk"),
+        ({"": True}, "a device that isn't there(.|\n)*got: True"),
+    ):
+        with pytest.raises(InputError, match=match):
+            load_model(folder, device_map=given(device_map))
+    assert load_model(folder, device_map=given({"": "cpu"})).device == "cpu"
+
+
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])
 def test_a_broken_configuration(folder: Path, content: bytes) -> None:
     (folder / "config.json").write_bytes(content)
@@ -261,6 +286,7 @@ def test_devices() -> None:
     assert resolve_device("auto", gpus=0) == "cpu"
     assert resolve_device("auto", gpus=2) == "cuda:0"
     assert resolve_device("cpu", gpus=2) == "cpu"
+    assert resolve_device(torch.device("cuda", 1), gpus=2) == "cuda:1"
     assert resolve_device("cuda", gpus=1) == "cuda:0"
     assert resolve_device("cuda:1", gpus=2) == "cuda:1"
     with pytest.raises(InputError, match="no such device: cuda:2") as caught:

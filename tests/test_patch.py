@@ -92,6 +92,17 @@ def raw(tensor: Tensor) -> bytes:
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
+def test_weights_that_are_not_finite_are_told() -> None:
+    patch = make_patch(tiny(1, "bf16"), 1)
+    for part in patch.layers:
+        part.new.fill_(1)
+    patch.check_finite()
+    patch.layers[0].new[0, 0] = float("inf")
+    with pytest.raises(PatchError, match=r"weights that aren't finite: layer 0's down projection\n"):
+        patch.check_finite()
+    assert json.loads(json.dumps(patch.describe(), allow_nan=False))["layers"][0]["relative_change"] is None
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kinds", KINDS)

@@ -108,6 +108,57 @@ def test_all_methods_are_asked_in_the_same_way(command: list[str], monkeypatch: 
     assert [bool(put[2]) for put in asked] == [False, True, False]  # DINM has its own suffix
 
 
+def test_rows_of_other_models_and_methods_stay(command: list[str], tmp_path: Path, capsys: Any) -> None:
+    models = [str(tmp_path / f"model{seed}") for seed in (0, 1)]
+    assert main([*command, "--methods", "pke"]) == 0
+    one = [part for part in command if part != models[1]]
+    assert main([*one, "--methods", "dinm"]) == 0
+    rows = json.loads((tmp_path / "out" / "table.json").read_text())["models"]
+    assert {model: list(row) for model, row in rows.items()} == {
+        models[0]: ["vanilla", "dinm", "pke"],
+        models[1]: ["vanilla", "pke"],
+    }
+    assert (tmp_path / "out" / "table.md").read_text().count("\n") == 4
+    kept = (tmp_path / "out" / "table.json").read_bytes()
+    capsys.readouterr()
+    other = [models[1] if part == models[0] else part for part in one]
+    assert main([*other, "--methods", "--limit", "1"]) == 2  # other prompts can't stand beside
+    assert "made from other inputs" in capsys.readouterr().err
+    assert (tmp_path / "out" / "table.json").read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("table.md", "my notes"),
+        ("table.md", "| model | ASR vanilla |\nmy notes"),
+        ("table.json", "{}"),
+        ("table.json", "-"),
+    ],
+)
+def test_files_of_others_are_not_replaced(
+    command: list[str], tmp_path: Path, capsys: Any, name: str, text: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text(text)
+    assert main(command) == 2
+    assert f"{name} is there already" in capsys.readouterr().err
+    assert [(file.name, file.read_text()) for file in (tmp_path / "out").iterdir()] == [(name, text)]
+
+
+def test_every_model_is_checked_before_the_first_is_run(command: list[str], tmp_path: Path, capsys: Any) -> None:
+    model = str(tmp_path / "model1")
+    assert main([str(tmp_path / "nope") if part == model else part for part in command]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    for out in (tmp_path, tmp_path / "model1", tmp_path / "model1" / "out"):
+        assert main([*command, "--out", str(out)]) == 2
+        assert "one in the other" in capsys.readouterr().err
+    (tmp_path / "model1" / "model.safetensors").unlink()
+    assert main(command) == 2
+    assert "weights are missing" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_inputs_are_refused(command: list[str], tmp_path: Path, capsys: Any) -> None:
     assert main([*command, "--methods"]) == 0
     kept = (tmp_path / "out" / "table.md").read_bytes()

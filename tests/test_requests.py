@@ -279,6 +279,8 @@ BAD = [
     ),
     ("semicolon.csv", "prompt;answer\na;b\n", "no column that holds prompts(.|\n)*'prompt;answer'"),
     ("tabs.tsv", "prompt\tanswer\na\tb\n", "no column that holds prompts"),
+    ("twice.csv", "prompt,answer,prompt\na,b,c\n", "a column is there twice(.|\n)*'prompt'"),
+    ("excel.csv", "id;prompt\n1;b\n", "save it with commas"),
     ("wide.csv", "prompt,answer\nyes, please, do,a\n", "row at line 2: more cells than columns(.|\n)*got: 4 cells"),
     ("quote.csv", 'prompt,answer\na,b\n"open,c\nd,e\n', "row at line 3: broken CSV"),
 ]

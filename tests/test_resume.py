@@ -313,7 +313,8 @@ def test_a_folder_of_another_job_is_refused_and_kept(interrupted):
     before = listing(interrupted)
     with pytest.raises(InputError, match="of another job") as told:
         edit(interrupted, config=CONFIG.replace(seed=1))
-    assert "settings" in str(told.value)
+    assert "setting seed 0" in str(told.value)
+    assert "got: setting seed 1" in str(told.value)
     with pytest.raises(InputError, match="requests"):
         edit(interrupted, requests=REQUESTS[:-1])
     with pytest.raises(InputError, match="model"):

@@ -211,17 +211,19 @@ def weights_of(model):
     ("model", "rows", "changes", "message"),
     [
         (Toy, {0: [1]}, {"tokenizer": None}, "no tokenizer"),
-        (Toy, {0: [1]}, {"safe": "", "eos": None}, "no token of the safe response is left"),
+        (Toy, {0: [1]}, {"safe": ""}, "safe_response can't be used"),
+        (Toy, {0: [1]}, {"safe": None}, "safe_response can't be used"),
+        (Toy, {0: [1]}, {"locality": "Bake"}, "locality_inputs can't be used"),
+        (Toy, {0: [1]}, {"config": {"num_steps": -1}}, "num_steps can't be used"),
         (Toy, {0: [1]}, {"config": {"lr": 1e38}}, "lr can't be used"),
         (Toy, {0: [1]}, {"config": {"max_len": 0}}, "max_len can't be used"),
+        (Toy, {0: [1]}, {"config": {"max_len": 1}}, "no token of the safe response is left"),
         (lambda: nn.ModuleDict({"layers": nn.ModuleList([nn.ParameterDict({"down_proj_weight": torch.ones(2, 2)})])}),
          {0: [1]}, {}, "the weight of a Linear module"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_edited_is_refused_and_nothing_changes(model, rows, changes, message):
     model, tokenizer = model(), changes.get("tokenizer", Characters())
-    if "eos" in changes:
-        tokenizer.eos_token_id = None
     before = weights_of(model)
     editor = PKEGradientEditor(model, rows, tokenizer, PKEConfig(**{"num_steps": 1, **changes.get("config", {})}))
     call = ("a", changes.get("safe", "b"), changes.get("locality", ["c"]))
@@ -242,6 +244,10 @@ def test_rows_that_the_model_does_not_have_are_passed_over(caplog):
 def test_checkpoints_that_do_not_compare_are_refused():
     with pytest.raises(InputError, match="differs in shape"):
         apply_pke(Toy(), Toy(), Toy(width=21), tokenizer=Characters())
+    with pytest.raises(InputError, match="clean and toxic have the same weights"):
+        apply_pke(Toy(), Toy(), Toy(), tokenizer=Characters())
+    with pytest.raises(InputError, match="top_k_neurons can't be used"):
+        apply_pke(Toy(), Toy(), moved(Toy()), -1, tokenizer=Characters())
     broken = Toy()
     with torch.no_grad():
         broken.layers[1].mlp.down_proj.weight[0, 0] = torch.nan

@@ -173,6 +173,42 @@ def test_evaluations_are_told_apart_by_their_patch(run: Path, tmp_path: Path) ->
         card.gather(run, [tmp_path / "none.json"])
 
 
+def test_figures_of_another_model_or_patch_are_refused(
+    run: Path, tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts, made, still = tmp_path / "prompts.txt", run / "patch.safetensors", tmp_path / "still.safetensors"
+    prompts.write_text("Break a lock\n")
+    layers = tuple(dataclasses.replace(part, new=part.old) for part in Patch.load(made).layers)
+    Patch(layers, Patch.load(made).meta).save(still)
+    tiny_model("llama", seed=1).save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+
+    def evaluated(name: str, model: Path, *patch: str | Path) -> Path:
+        given = ["--harmful", prompts, "--max-new-tokens", 2, "--out", tmp_path / name]
+        assert main([str(part) for part in ["eval", "--model", model, *patch, *given]]) == 0
+        return tmp_path / name / "eval.json"
+
+    base = run.parent / "base"
+    before, after = evaluated("before", base), evaluated("after", base, "--patch", made)
+    assert card.gather(run, [before, after]).evaluation[1] is not None
+    assert not caplog.records
+    shared = tmp_path / "shared.safetensors"  # the same weights, other metadata
+    push.public_patch(Patch.load(made), "me/base").save(shared)
+    assert card.gather(shared, [after]).evaluation[1] is not None
+    for file, what in (
+        (evaluated("others", tmp_path / "other"), "another model"),
+        (evaluated("unchanged", base, "--patch", still), "another patch"),
+        (evaluated("edited", run.parent / "edited"), "another model"),
+    ):
+        capsys.readouterr()
+        assert main(["card", str(run), "--eval", str(file)]) == 2
+        assert f"has figures of {what}" in capsys.readouterr().err
+    figures = json.loads(after.read_text())
+    old = write(tmp_path / "old.json", {key: figures[key] for key in figures if key != "patch_sha256"})
+    assert card.gather(run, [old]).evaluation[1] is not None
+    assert "figures of this patch" in caplog.text
+
+
 def test_what_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder or patch"):
         card.gather(tmp_path / "none")
@@ -236,7 +272,7 @@ def test_a_model_goes_with_what_transformers_reads_and_nothing_else(run: Path, t
 
 
 def test_a_model_without_the_patch_is_refused(run: Path) -> None:
-    with pytest.raises(PatchError, match="the patch is not applied to the checkpoint"):
+    with pytest.raises(PatchError, match="the patch is not applied to the checkpoint(.|\n)*pke-fast apply --model"):
         push.prepare(card.gather(run), "me/safer", run.parent / "base")
     with pytest.raises(InputError, match="no checkpoint folder"):
         push.prepare(card.gather(run), "me/safer", run.parent / "none")

@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from pke_fast import terminal
+from pke_fast.cli.commands import check_out
 from pke_fast.cli.common import console_of, finish
 from pke_fast.evaluating.comparing import compare as compare_runs
 from pke_fast.evaluating.comparing import read_runs
 from pke_fast.evaluating.outputs import write_json
 from pke_fast.evaluating.preference import open_preference
 from pke_fast.evaluating.scatter import scatter_png
-from pke_fast.files import atomic_folder, check_output_folder
+from pke_fast.files import atomic_folder
 from pke_fast.wording import bracketed, percent
 
 
 def compare(options: Namespace) -> None:
     runs = read_runs(options.runs)
     if options.out:
-        check_output_folder(options.out, options.force)
+        check_out(options)
     picture = scatter_png(runs, options.judge) if options.out or options.judge else None
     preference = open_preference(options.winrate, options.device) if options.winrate else None
     found = compare_runs(runs, rouge=options.rouge, preference=preference)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pke_fast import engine, shipped, terminal
+from pke_fast.cli.commands import check_out, write_edit
 from pke_fast.cli.common import console_of, finish, settings_of
 from pke_fast.cli.unseen import Unseen, harmless
 from pke_fast.evaluation import Evaluation
-from pke_fast.files import check_output_folder
 from pke_fast.loading import load_model
 from pke_fast.report import as_json
 from pke_fast.stages import Stages
@@ -23,7 +23,7 @@ SHOWN = 3  # prompts of each kind, shown with both answers
 def run(options: Namespace) -> None:
     """Evaluate, edit, evaluate again, write, show."""
     config = settings_of(options)
-    check_output_folder(options.out, options.force)
+    check_out(options)
     console = console_of(options)
     limit = slice(options.limit)
     loaded = load_model(options.model, options.device, options.dtype, stages=Stages())
@@ -47,7 +47,7 @@ def run(options: Namespace) -> None:
     alike = shipped.look_alikes_held_out()[:1]
     report["samples"] = _samples(unseen.done, {"harmful": harmful, "benign": [*alike, *benign]})
     report["stages"] = [dataclasses.asdict(stage) for stage in stages.done]
-    result.write(options.out, force=options.force, redact=options.redact)
+    write_edit(result, options)
     terminal.edit_summary(console, report, Path(options.out), redact=options.redact)
     finish(options, as_json(report, options.redact))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pke_fast import terminal
+from pke_fast.cli.commands import check_out
 from pke_fast.cli.common import console_of, finish, settings_of, tell_another_base
 from pke_fast.encoding import Encoded
 from pke_fast.errors import InputError
@@ -21,8 +22,8 @@ from pke_fast.evaluating.harness import check_harness, run_harness
 from pke_fast.evaluating.kept import unfinished
 from pke_fast.evaluating.outputs import alpaca_eval, harmbench, write_json
 from pke_fast.evaluating.verdicts import AnswerJudge, open_judges
-from pke_fast.evaluation import Evaluation, evaluate_model, redacted, write_evaluation
-from pke_fast.files import atomic_folder, check_output_folder, remove
+from pke_fast.evaluation import Evaluation, evaluate_model, identity, redacted, write_evaluation
+from pke_fast.files import atomic_folder, remove
 from pke_fast.judges import JUDGES
 from pke_fast.loading import load_model
 from pke_fast.patch import Patch
@@ -49,9 +50,10 @@ def eval(options: Namespace) -> None:
         raise InputError("--kl has nothing to compare", expected="--patch, and --benign or --text", do="give them too")
     pairs = read_pairs(options.benign, options.limit) if options.kl and options.benign else []
     text = read_text(options.text) if options.text else None
-    check_output_folder(options.out, options.force)
+    check_out(options)
     patch = Patch.load(options.patch) if options.patch else None
     loaded = load_model(options.model, options.device, options.dtype, device_map=options.device_map)
+    measured = identity(loaded.model, patch)
     if patch is not None:
         tell_another_base(patch, loaded)
         patch.apply(loaded.model)
@@ -84,11 +86,12 @@ def eval(options: Namespace) -> None:
             result.more["divergence"] = _divergence(bench, patch, pairs, text)
         if options.lm_eval:
             result.more["lm_eval"] = run_harness(loaded.model, loaded.tokenizer, options.lm_eval, options.limit)
-    with atomic_folder(Path(options.out), force=options.force) as folder:
-        if options.redact:
-            result.generations[:] = redacted(result.generations)
-        write_evaluation(folder, result, loaded.name, options.patch)
-        files = _outputs(folder, result, options, loaded.name, ids)
+        result.more.update(measured)
+        with atomic_folder(Path(options.out), force=options.force) as folder:
+            if options.redact:
+                result.generations[:] = redacted(result.generations)
+            write_evaluation(folder, result, loaded.name, options.patch)
+            files = _outputs(folder, result, options, loaded.name, ids)
     remove(kept)
     console = console_of(options)
     terminal.evaluation(console, result.as_dict())

@@ -20,6 +20,7 @@ def export(options: Namespace) -> None:
         max_rank=options.max_rank,
         exact=options.exact,
         force=options.force,
+        keep=[options.patch],
     )
     console = console_of(options)
     shown = {key: done[key] for key in ("out", "format", "neurons", "layers", "ranks")}

@@ -34,12 +34,14 @@ def _rewrite(options: Namespace, revert: bool) -> None:
     patch, name = Patch.load(options.patch), str(options.patch)
     if options.scale is not None:
         patch, name = scale_patch(patch, options.scale, name), f"{name} scaled by {options.scale:g}"
+    if not revert:
+        patch.check_finite()
     recovered = _recovered(options.model)
     if options.in_place:
         written = patch_in_place(Path(options.model), patch, revert=revert, name=name)
     else:
         where = {"revert": revert, "force": options.force, "allow_pickle": options.allow_pickle}
-        written = patch_checkpoint(Path(options.model), patch, Path(options.out), **where)
+        written = patch_checkpoint(Path(options.model), patch, Path(options.out), keep=[options.patch], **where)
     written["scale"] = options.scale
     written["recovered"] = written["recovered"] or recovered
     shown = {key: value for key, value in written.items() if value is not None}

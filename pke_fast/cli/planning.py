@@ -9,6 +9,7 @@ from pke_fast.budget import free_bytes, parse_bytes
 from pke_fast.cli.common import console_of, finish, settings_of
 from pke_fast.encoding import PromptEncoder
 from pke_fast.loading import context_length, load_outline
+from pke_fast.locating import check_fits
 from pke_fast.plan import Load
 from pke_fast.planner import Planner
 from pke_fast.planning import REACHED, copy_rate, matmul_rate, offloading, waits_on_host
@@ -28,8 +29,9 @@ def plan(options: Namespace) -> None:
     with Stages().stage("Rehearsing the job without data"):
         load = Load.of(*lengths(encoder, config, requests, locality))
         twin = twin_of_config(outline.config, outline.dtype)
+        check_fits(twin.structure, config)
         process = 0 if outline.device.startswith("cuda") else PeakMemory().current() or 0
-        budget = parse_bytes(options.memory_budget) if options.memory_budget else None
+        budget = None if options.memory_budget is None else parse_bytes(options.memory_budget)
         job = {"edits": not options.locate_only, "process": process, "mapped": twin.weights * outline.mapped}
         if waits_on_host(outline.device, twin.weights, budget):
             job["residence"] = offloading()

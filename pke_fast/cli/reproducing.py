@@ -11,9 +11,15 @@ from pke_fast import terminal
 from pke_fast.cli.common import console_of, finish, settings_of
 from pke_fast.config import load_config
 from pke_fast.errors import InputError
-from pke_fast.evaluating.outputs import write_json
-from pke_fast.evaluating.reproduce import PUBLISHED, Table, as_markdown, published, reproduce_model
-from pke_fast.files import atomic_write
+from pke_fast.evaluating.reproduce import (
+    METHODS,
+    PUBLISHED,
+    Table,
+    check_models,
+    read_table,
+    reproduce_model,
+    write_table,
+)
 from pke_fast.judges import JUDGES, get_judge
 from pke_fast.loading import load_model
 from pke_fast.requests import read_pairs, read_prompts, read_requests
@@ -48,18 +54,18 @@ def reproduce(options: Namespace) -> None:
     out = Path(options.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file", expected="a folder, new or of an earlier table")
-    rows = {}
-    for name in dict.fromkeys(options.models):
+    models = list(dict.fromkeys(options.models))
+    rows, inputs = read_table(out, table)
+    check_models(models, options.device, options.dtype, out)
+    for name in models:
         loaded = load_model(name, options.device, options.dtype)
-        stages = Stages(device=loaded.device)
-        rows[name] = reproduce_model(loaded, table, out, stages)
+        row, earlier = reproduce_model(loaded, table, out, Stages(device=loaded.device)), rows.get(name, {})
+        if earlier.get("vanilla", {}).get("inputs") == row["vanilla"]["inputs"]:  # the same weights
+            row = {**earlier, **row}
+        rows[name] = {method: row[method] for method in METHODS if method in row}
         del loaded  # before the next one is loaded
         # After every model, so that an interrupted table shows what there is.
-        text = as_markdown(rows, judges[0])
-        with atomic_write(out / "table.md") as path:
-            path.write_text(text, encoding="utf-8")
-        summary = {"judge": judges[0], "models": rows, "published": {name: published(name) for name in rows}}
-        write_json(out / "table.json", summary)
+        text, summary = write_table(out, rows, table, inputs)
     console: Console = console_of(options)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     shown = {model: " / ".join(f"{value:g} %" for value in figures.values()) for model, figures in PUBLISHED.items()}

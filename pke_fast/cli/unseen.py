@@ -22,11 +22,15 @@ MOST = 48  # requests that are held out of an edit: more would measure more fine
 
 
 def hold_out(requests: Sequence[EditRequest], share: float, seed: int) -> tuple[list[EditRequest], list[EditRequest]]:
-    """The requests to edit on, and a share that is held out, drawn by the seed; both in the order that they came in."""
-    held = set(random.Random(seed).sample(range(len(requests)), min(MOST, int(share * len(requests)))))
+    """The requests to edit on, and a share that is held out, drawn by the seed; both in the order that they came in.
+
+    A prompt that comes several times is on one side alone, and counts once.
+    """
+    prompts = list(dict.fromkeys(request.prompt for request in requests))
+    held = set(random.Random(seed).sample(prompts, min(MOST, int(share * len(prompts)))))
     sides: tuple[list[EditRequest], list[EditRequest]] = ([], [])
-    for index, request in enumerate(requests):
-        sides[index in held].append(request)
+    for request in requests:
+        sides[request.prompt in held].append(request)
     return sides
 
 

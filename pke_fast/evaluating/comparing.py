@@ -124,6 +124,9 @@ def _warnings(first: Run, run: Run, found: Mapping[str, Any]) -> list[str]:
     for key in _ANSWERING if sets else ():
         if key in one and key in other and one[key] != other[key]:
             said.append(f"{key} differs, {one[key]!r:.60} and {other[key]!r:.60}: the changes may come from that")
+    for name, figures in ((first.name, old), (run.name, new)):
+        if (text := figures.get("text")) and text["perplexity"] is None:
+            said.append(f"the perplexity of {name} isn't finite")
     kinds = {"the perplexities": (old.get("text"), new.get("text"))}
     abilities = [figures.get("ability") or {} for figures in (old, new)]
     kinds |= {f"the answers to {name}": (part, abilities[1].get(name)) for name, part in abilities[0].items()}

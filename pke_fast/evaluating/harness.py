@@ -7,6 +7,7 @@ from typing import Any
 
 from pke_fast.errors import InputError
 from pke_fast.modes import evaluating
+from pke_fast.report import strict
 
 
 def check_harness() -> None:
@@ -23,7 +24,7 @@ def check_harness() -> None:
 
 
 def run_harness(model: Any, tokenizer: Any, tasks: Sequence[str], limit: int | None = None) -> dict[str, Any]:
-    """The harness's own results by task, as it reports them, standard errors among them.
+    """The harness's own results by task, as it reports them, standard errors among them; None for what isn't finite.
 
     Args:
         tasks: as the harness names them.
@@ -45,6 +46,6 @@ def run_harness(model: Any, tokenizer: Any, tasks: Sequence[str], limit: int | N
             raise InputError("the harness can't run these tasks", got=f"{', '.join(tasks)}: {error}") from error
     results: dict[str, Any] = found["results"]
     return {
-        task: {key: value for key, value in row.items() if isinstance(value, int | float | str)}
+        task: {key: strict(value) for key, value in row.items() if isinstance(value, int | float | str)}
         for task, row in results.items()
     }

@@ -52,10 +52,19 @@ class ClassifierJudge:
         device, path = resolve_device(device), find_path(place)
         with quiet(), explained(place):
             online = False if path else ask_hub(place)[1]
-            where = {"local_files_only": not online, "trust_remote_code": False}
-            kind = AutoModelForSequenceClassification
-            model = pretrained(str(path or place), "auto", kind, use_safetensors=True, **where)
-            tokenizer = pretrained_tokenizer(str(path or place), **where)
+        where = {"local_files_only": not online, "trust_remote_code": False}
+        kind = AutoModelForSequenceClassification
+        try:
+            with quiet(), explained(place):
+                model = pretrained(str(path or place), "auto", kind, use_safetensors=True, **where)
+                tokenizer = pretrained_tokenizer(str(path or place), **where)
+        except InputError as error:
+            raise InputError(
+                f"the judge {name} can't be used: {error.what}",
+                expected="a classifier of texts with its head (...ForSequenceClassification), and its tokenizer",
+                got=error.got,
+                do="name such a model; one that answers in words is causal:MODEL",
+            ) from error
         model.to(device).eval().requires_grad_(False)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token

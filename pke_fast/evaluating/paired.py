@@ -30,8 +30,8 @@ def differences(
     Returns:
         ``{"harmful": {"n", "asr": {judge: {"before", "after", "difference", "interval"}}, "degenerate_rate": {...}},
         "benign": ..., "text": {"relative", "relative_interval"}}``; None for a set that isn't in both. Rates are
-        fractions of the n pairs. A perplexity's change is relative to before, and known where both read the same
-        windows; its interval is None of a single window.
+        fractions of the n pairs. A perplexity's change is relative to before, and known where both are finite and read
+        the same windows; its interval is None of a single window.
 
     Raises:
         InputError: both have a set, and not one prompt of it in common.
@@ -106,8 +106,14 @@ def _set_differences(name: str, key: str, first: Sequence[Row], second: Sequence
 def _text_difference(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if before is None or after is None or why_unpaired(before, after) is not None:
         return None
+    if before["perplexity"] is None or after["perplexity"] is None:
+        return None
     tokens = before["tokens"]
     changes = [new - old for old, new in zip(before["nll"], after["nll"], strict=True)]
     interval = ratio_interval(changes, tokens)
     relative = math.expm1(math.fsum(changes) / sum(tokens))
-    return {"relative": relative, "relative_interval": interval and [math.expm1(bound) for bound in interval]}
+    try:
+        bounds = interval and [math.expm1(bound) for bound in interval]
+    except OverflowError:  # too large for a number
+        bounds = None
+    return {"relative": relative, "relative_interval": bounds}

@@ -18,15 +18,19 @@ from pke_fast import engine
 from pke_fast.config import PKEConfig
 from pke_fast.errors import InputError
 from pke_fast.evaluating.kept import unfinished, weights_digest
-from pke_fast.evaluation import evaluate_model, write_evaluation
-from pke_fast.files import atomic_folder, check_output_folder, remove
-from pke_fast.loading import LoadedModel
+from pke_fast.evaluating.outputs import write_json
+from pke_fast.evaluation import evaluate_model, identity, write_evaluation
+from pke_fast.files import atomic_folder, atomic_write, check_output_folder, remove
+from pke_fast.loading import LoadedModel, load_outline
 from pke_fast.patch import Patch
 from pke_fast.requests import EditRequest, Pair
+from pke_fast.sources import check_files, find_path
 from pke_fast.stages import Stages
 from pke_fast.workbench import workbench
 
 METHODS = ("vanilla", "dinm", "pke")
+_HEAD = "| model | ASR "  # how table.md begins
+Rows = dict[str, dict[str, Any]]  # by model, then by method: figures as in eval.json
 
 # Attack success rates in percent as published (arXiv 2410.03772), on its own prompts and by its own judge.
 PUBLISHED: dict[str, dict[str, float]] = {
@@ -67,6 +71,79 @@ class Table:
             [list(self.judges), self.max_new_tokens],
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def of_any_model(self) -> dict[str, str]:
+        """`inputs` by method, but for the model: rows may stand in one table where these are the same."""
+        return {method: self.inputs(method, "") for method in ("vanilla", *self.configs)}
+
+
+def check_models(names: Sequence[str], device: str, dtype: str, out: Path) -> None:
+    """Checks all that can be told without weights.
+
+    Raises:
+        InputError: as `load_outline`; or `out` is in a model's folder, or that in `out`.
+    """
+    place = out.resolve()
+    for name in names:
+        load_outline(name, device, dtype)
+        path = None if name == "smollm2" else find_path(name)
+        if path is None:
+            continue
+        if path.is_dir():
+            check_files(path)
+        model = path.resolve()
+        if place == model or place in model.parents or model in place.parents:
+            raise InputError(
+                f"{out} and the model {name} are one in the other",
+                expected="a folder of its own",
+                do="name another --out",
+            )
+
+
+def read_table(out: Path, table: Table) -> tuple[Rows, dict[str, str]]:
+    """The rows of the table that is in a folder already, and the inputs that they are of; none where there is none.
+
+    Raises:
+        InputError: table.md or table.json is something else, or of other inputs.
+    """
+    rows: Rows = {}
+    inputs: dict[str, str] = {}
+    file = out / "table.json"
+    try:
+        if file.exists():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            rows, inputs = dict(found["models"]), dict(found["inputs"])
+            as_markdown(rows, found["judge"])
+        file = out / "table.md"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else [_HEAD]
+        if not "".join(lines[:1]).startswith(_HEAD) or not all(line.startswith("|") for line in lines):
+            raise ValueError("not the table alone")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{file} is there already, and isn't what pke-fast reproduce writes",
+            expected="no such file, or the one of an earlier run",
+            got=error.strerror if isinstance(error, OSError) else "something else",
+            do="move it away, or name another --out",
+        ) from error
+    if any(inputs.get(method, digest) != digest for method, digest in table.of_any_model().items()):
+        raise InputError(
+            f"the table in {out} was made from other inputs",
+            expected="the same requests, prompts, settings and judges as before",
+            do="give the same options again, or another --out",
+        )
+    return rows, inputs
+
+
+def write_table(out: Path, rows: Rows, table: Table, inputs: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """Writes table.json and table.md; returns the table as Markdown, and what is in table.json."""
+    judge = table.judges[0]
+    summary = {"judge": judge, "models": rows, "published": {name: published(name) for name in rows}}
+    summary["inputs"] = {**inputs, **table.of_any_model()}
+    write_json(out / "table.json", summary)
+    text = as_markdown(rows, judge)
+    with atomic_write(out / "table.md") as path:
+        path.write_text(text, encoding="utf-8")
+    return text, summary
 
 
 def reproduce_model(loaded: LoadedModel, table: Table, out: Path, stages: Stages) -> dict[str, Any]:
@@ -113,7 +190,7 @@ def _cell(loaded: LoadedModel, table: Table, method: str, folder: Path, inputs: 
     finally:
         if patch is not None:
             patch.revert(loaded.model)
-    result.more["inputs"] = inputs
+    result.more.update(inputs=inputs, **identity(loaded.model, patch))
     with atomic_folder(folder) as new:
         write_evaluation(new, result, loaded.name, None if patch is None else _patch_file(folder, inputs).name)
     remove(kept)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 def further(console: Console, figures: Mapping[str, Any]) -> None:
     """What an evaluation measured besides (more is better, but for the KL), each figure with its 95 % interval."""
     rows: list[tuple[str, str, str]] = []
+    if (text := figures.get("text")) and text["perplexity"] is None:  # the table of the evaluation leaves it out
+        rows.append(("perplexity", "not finite", ""))
     for metric, found in (figures.get("defense") or {}).items():
         for judge, rate in found["defended"].items():
             low, high = found["intervals"]["defended"][judge]

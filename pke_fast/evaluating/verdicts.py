@@ -72,8 +72,15 @@ def open_judges(names: Sequence[str], *, device: str = "auto", template: str | N
         template: the text that causal judges read, with ``{prompt}`` and ``{answer}``; None: their chat template.
 
     Raises:
-        InputError: a name that can't be read, or a model or function that can't be had.
+        InputError: a name that can't be read, a model or function that can't be had, or a template that nobody reads.
     """
+    if template is not None and not any(name.startswith("causal:") for name in names):
+        raise InputError(
+            "no judge reads the template",
+            expected="a judge causal:MODEL",
+            got=", ".join(names),
+            do="name such a judge, or leave out --judge-template",
+        )
     return [_open(name, device, template) for name in dict.fromkeys(names)]
 
 

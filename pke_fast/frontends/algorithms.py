@@ -14,7 +14,8 @@ from pke_fast import editing
 from pke_fast.config import PKEConfig
 from pke_fast.errors import InputError
 from pke_fast.frontends.dinm_parity import LOCALITY, published_edit, toxic_layers
-from pke_fast.frontends.hyperparams import config_of, mode_of
+from pke_fast.frontends.hyperparams import check_hparams, config_of, mode_of
+from pke_fast.inputs import check_model, check_tokenizer
 from pke_fast.locating import check_fits, locate_hot_spots
 from pke_fast.placement import live_weight
 from pke_fast.preparation import prepare
@@ -161,13 +162,21 @@ def _apply(
     if copy:
         model = copying.deepcopy(model)
     changes = _edit(model, tok, requests, hparams, method, kwargs)
-    return model, _before(changes) if keep_original_weight else {}
+    try:
+        return model, _before(changes) if keep_original_weight else {}
+    except BaseException:  # as too little memory for them
+        for change in changes:
+            change.undo()
+        raise
 
 
 def _edit(
     model: Any, tok: Any, requests: Sequence[dict[str, Any]], hparams: Any, method: str, kwargs: Mapping[str, Any]
 ) -> list[_Change]:
     """Edits the model in place; what was changed."""
+    check_model(model)
+    check_tokenizer(tok)
+    check_hparams(hparams)
     parity = mode_of(hparams) == "parity"
     if parity and method == "pke":
         raise InputError(
@@ -197,7 +206,7 @@ def _fixed(bench: Workbench, requests: Sequence[EditRequest], hparams: Any, laye
     """pke_fast's own edit, all requests together; the changed layers, as a patch keeps them."""
     bench = replace(bench, config=_within(bench, hparams, layers))
     structure = bench.structure
-    check_fits(bench)
+    check_fits(bench.structure, bench.config)
     job = prepare(bench, _answered(bench, requests), None)
     if bench.config.method == "dinm" and layers:
         hot_spots = {layer: torch.arange(structure.neurons) for layer in layers}

@@ -49,11 +49,16 @@ class ToxicNeuronLocator:
 
     Args:
         config: for `top_k_neurons` and `target_layers`; any object that has them.
+
+    Attributes:
+        toxic_neurons: the rows that were located.
+        differ: whether the checkpoints did.
     """
 
     def __init__(self, config: Any = None) -> None:
         self.config = config or PKEConfig()
         self.toxic_neurons: dict[int, list[int]] = {}
+        self.differ = True
 
     def locate_by_weight_change(
         self, clean_state_dict: Mapping[str, Tensor], toxic_state_dict: Mapping[str, Tensor]
@@ -68,8 +73,11 @@ class ToxicNeuronLocator:
                 over, as are names that only one of them has.
 
         Raises:
-            InputError: a weight differs in shape, or isn't finite.
+            InputError: a weight differs in shape, or isn't finite; or fewer than no rows are wanted.
         """
+        if self.config.top_k_neurons < 0:
+            got = str(self.config.top_k_neurons)
+            raise InputError("top_k_neurons can't be used", expected="a number of 0 or more", got=got)
         drifts: dict[int, list[Tensor]] = {}
         for name, clean in clean_state_dict.items():
             layer = layer_of(name)
@@ -78,7 +86,8 @@ class ToxicNeuronLocator:
                 continue
             drifts.setdefault(layer, []).append(_drift(name, clean, toxic_state_dict[name]).cpu())
         self.toxic_neurons = {layer: _highest(parts, self.config.top_k_neurons) for layer, parts in drifts.items()}
-        if drifts and max(float(part.max()) for parts in drifts.values() for part in parts) < SAME:
+        self.differ = not drifts or max(float(part.max()) for parts in drifts.values() for part in parts) >= SAME
+        if not self.differ:
             LOG.warning("the clean and the toxic checkpoint have the same weights: the rows located mean nothing")
         return self.toxic_neurons
 

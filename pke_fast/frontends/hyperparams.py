@@ -15,6 +15,7 @@ from pke_fast.errors import InputError
 
 ALGORITHMS = ("DINM", "PKE")
 MODES = ("fixed", "parity")
+_NEEDED = ("layers", "num_steps", "lr", "weight_decay", "kl_factor", "norm_constraint", "max_length")  # by either mode
 
 
 class HyperParamError(InputError, TypeError):
@@ -112,9 +113,11 @@ class PKEHyperParams:
                 text = path.read_text(encoding="utf-8")
             except OSError as error:
                 raise InputError(f"can't read {where}", got=error.strerror, do="check the path") from error
+            except UnicodeDecodeError as error:
+                raise InputError(f"can't read {where}", expected="text in UTF-8", got=str(error)) from error
         try:
             loaded = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # a ValueError: 2024-13-45, which looks like a date
             raise InputError(f"{where} are not YAML", got=str(error)) from error
         if not isinstance(loaded, dict):
             raise InputError(f"can't use {where}", expected="lines of `name: value`", got=type(loaded).__name__)
@@ -122,6 +125,18 @@ class PKEHyperParams:
 
     def to_dict(self) -> dict[str, Any]:
         return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+
+
+def check_hparams(hparams: Any) -> None:
+    """Raises HyperParamError for what has no hyperparameters as its attributes, such as a dict."""
+    lacking = [name for name in _NEEDED if not hasattr(hparams, name)]
+    if lacking:
+        raise HyperParamError(
+            "hyperparameters are missing: " + ", ".join(lacking),
+            expected="PKEHyperParams, or EasyEdit's own of DINM",
+            got=type(hparams).__name__,
+            do="PKEHyperParams.from_hparams(path or dict)",
+        )
 
 
 def mode_of(hparams: Any) -> str:
@@ -177,14 +192,15 @@ def _wrong(name: str, value: Any, expected: str) -> HyperParamError:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise _wrong(name, value, "a number") from None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise _wrong(name, value, "a number of 0 or more")
-    return float(value)
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise _wrong(name, value, "a number") from None
+    if not math.isfinite(number) or number < 0:
+        raise _wrong(name, value, "a number of 0 or more")
+    return number
 
 
 def _rate(name: str, value: Any) -> float:

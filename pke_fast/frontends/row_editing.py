@@ -113,14 +113,19 @@ class PKEGradientEditor:
             how many rows were edited; 0, with a warning, where none of those located is the model's.
 
         Raises:
-            InputError: there is no tokenizer, no token of the response is left, or a row can't be edited; nothing was
-                changed.
+            InputError: there is no tokenizer, a text or a setting can't be used, no token of the response is left, or a
+                row can't be edited; nothing was changed.
             EditError: a loss became NaN; the weights were put back.
         """
         if self.tokenizer is None:
             raise InputError("no tokenizer", expected="tokenizer=..., which the texts are encoded by")
         config = self.config
         _check(config)
+        if not isinstance(safe_response, str) or not safe_response.strip():
+            raise InputError("safe_response can't be used", expected="some text", got=repr(safe_response))
+        if isinstance(locality_inputs, str):
+            got, do = repr(locality_inputs), "put it into a list"
+            raise InputError("locality_inputs can't be used", expected="a list of texts", got=got, do=do)
         if is_spread(self.model):
             raise InputError(
                 "rows of a spread model can't be edited",
@@ -225,6 +230,7 @@ def _check(config: Any) -> None:
     cap = config.max_edit_magnitude
     for name, right, expected in (
         ("lr", 0 < config.lr <= MOST_LR, f"above 0, at most {MOST_LR:g}"),
+        ("num_steps", config.num_steps >= 0, "0 or more; one is made at least"),
         ("max_len", config.max_len >= 1, "at least 1 token"),
         ("toxicity_weight", math.isfinite(config.toxicity_weight), "a finite number"),
         ("kl_factor", math.isfinite(config.kl_factor), "a finite number"),

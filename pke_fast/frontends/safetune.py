@@ -69,7 +69,10 @@ def apply_pke(
         norm_constraint,
         max_len,
     )
-    rows = ToxicNeuronLocator(config).locate_by_weight_change(clean.state_dict(), toxic.state_dict())
+    locator = ToxicNeuronLocator(config)
+    rows = locator.locate_by_weight_change(clean.state_dict(), toxic.state_dict())
+    if not locator.differ:
+        raise InputError("clean and toxic have the same weights", expected="two checkpoints, which tell what drifted")
     PKEGradientEditor(model, rows, tokenizer, config).apply_edits(harmful_prompt, safe_response, locality_inputs)
     return model
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from pke_fast.config import PKEConfig
 from pke_fast.dinm import answer_distances
@@ -19,6 +21,7 @@ from pke_fast.frontends.dinm_parity import toxic_layers
 from pke_fast.frontends.hyperparams import PKEHyperParams, config_of, mode_of
 from pke_fast.generation import generate
 from pke_fast.hotspots import toxicity
+from pke_fast.inputs import check_items, check_model, check_tokenizer
 from pke_fast.loading import load_model
 from pke_fast.scoring import score
 from pke_fast.workbench import Workbench, workbench
@@ -66,6 +69,8 @@ class SafetyEditor:
                 self.tok.pad_token_id = self.tok.eos_token_id
         else:
             self.model, self.tok = hparams.model_name
+            check_model(self.model)
+            check_tokenizer(self.tok)
 
     def edit(
         self,
@@ -105,7 +110,7 @@ class SafetyEditor:
 
         Raises:
             InputError: an argument can't be used; nothing was changed.
-            EditError: an edit failed on the way; the weights are as before that request.
+            EditError: an edit failed on the way; as after any exception, the weights are as before the call.
         """
         easyedits = "requests" in kwargs or (isinstance(editing_method, str) and editing_method in ALG_DICT)
         notebook = not easyedits and (editing_method is None or prompts is None or target_new is None)
@@ -128,34 +133,39 @@ class SafetyEditor:
         all_metrics = self._before(requests, kwargs.get("pre_edit"), kwargs.get("pre_file"))
         groups = [list(range(len(requests)))] if notebook else [[index] for index in range(len(requests))]
         edited_model, weights_copy = self.model, {}
-        for group in groups:
-            start = time.time()
-            if self.parity and editing_method == "DINM" and not self.hparams.layers:
-                self.hparams.layers = self._locate_toxic_layer(self.model, self.tok, requests[group[0] : group[0] + 1])
-            edited_model, weights_copy = self.apply_algo(
-                self.model,
-                self.tok,
-                [edited[index] for index in group],
-                self.hparams,
-                copy=False,
-                return_orig_weights=True,
-                keep_original_weight=keep_original_weight,
-                train_ds=None,
-            )
-            seconds = time.time() - start
-            for index in group:
-                all_metrics[index].update(
-                    {
-                        "case_id": case_id,
-                        "requested_rewrite": requests[index],
-                        "post": self._answers(edited[index]),
-                        "time": seconds,
-                    }
+        with _put_back_on_failure(self.model) as before:
+            for group in groups:
+                start = time.time()
+                if self.parity and editing_method == "DINM" and not self.hparams.layers:
+                    first = requests[group[0] : group[0] + 1]
+                    self.hparams.layers = self._locate_toxic_layer(self.model, self.tok, first)
+                edited_model, weights_copy = self.apply_algo(
+                    self.model,
+                    self.tok,
+                    [edited[index] for index in group],
+                    self.hparams,
+                    copy=False,
+                    return_orig_weights=True,
+                    keep_original_weight=True,
+                    train_ds=None,
                 )
-                if verbose:
-                    LOG.info("request %s: edited in %.1f s: %s", index, seconds, all_metrics[index])
-            write_back(self.model, weights_copy)
-        return all_metrics, edited_model, weights_copy
+                for name, weight in weights_copy.items():
+                    before.setdefault(name, weight)
+                seconds = time.time() - start
+                for index in group:
+                    all_metrics[index].update(
+                        {
+                            "case_id": case_id,
+                            "requested_rewrite": requests[index],
+                            "post": self._answers(edited[index]),
+                            "time": seconds,
+                        }
+                    )
+                    if verbose:
+                        LOG.info("request %s: edited in %.1f s: %s", index, seconds, all_metrics[index])
+                if keep_original_weight:
+                    write_back(self.model, weights_copy)
+        return all_metrics, edited_model, weights_copy if keep_original_weight else {}
 
     def _locate_toxic_layer(
         self, model: Any, tokenizer: Any, requests: Sequence[dict[str, Any]], **kwargs: Any
@@ -237,9 +247,12 @@ class SafetyEditor:
         self, requests: Sequence[dict[str, Any]], known: list[dict[str, Any]] | None, file: str | Path | None
     ) -> list[dict[str, Any]]:
         if known is not None:
-            if len(known) != len(requests):
+            check_items("pre_edit", known, MutableMapping, "results of an earlier call")
+            if len(known) != len(requests) or not all("pre" in result for result in known):
                 raise InputError(
-                    "pre_edit doesn't fit the requests", expected=f"{len(requests)} results", got=str(len(known))
+                    "pre_edit doesn't fit the requests",
+                    expected=f"{len(requests)} results, with the answers before under 'pre'",
+                    got=f"{len(known)}, {sum('pre' in result for result in known)} of them with such answers",
                 )
             return known
         found = [{"pre": self._answers(request)} for request in requests]
@@ -259,6 +272,17 @@ class SafetyEditor:
     def _bench(self) -> Any:
         config = config_of(self.hparams, self.alg_name.lower(), 1, [])
         return _rendered(self.model, self.tok, config, not self.parity)
+
+
+@contextmanager
+def _put_back_on_failure(model: Any) -> Iterator[dict[str, Tensor]]:
+    """Takes weights as they were, by name, and puts them back into the model where the block fails."""
+    before: dict[str, Tensor] = {}
+    try:
+        yield before
+    except BaseException:
+        write_back(model, before)
+        raise
 
 
 @contextmanager
