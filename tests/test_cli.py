@@ -249,6 +249,9 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(checkpoint, files,
     assert not (files / "out").exists()
     out = edit(capsys, checkpoint, files, "--dry-run", "--json", "--held-out", 0.4)[1]
     assert (json.loads(out)["requests"], json.loads(out)["held out"]) == (2, 1)
+    assert json.loads(out)["peak memory foretold, MiB"] > 0
+    status, _, err = edit(capsys, checkpoint, files, "--dry-run", "--memory-budget", "100KB")
+    assert (status, "the memory budget is too small" in err) == (2, True)
 
 
 def test_the_same_seed_gives_the_same_bytes(checkpoint, files, capsys):

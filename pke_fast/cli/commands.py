@@ -27,6 +27,7 @@ from pke_fast.evaluating.shown import foretold
 from pke_fast.files import cache_folder, check_output_folder, check_room
 from pke_fast.loading import SPREADS, LoadedModel, load_model, resolve_device
 from pke_fast.ranks import ALONE, Ranks, joined, local_device, ranks_started
+from pke_fast.readers import text_or_none
 from pke_fast.report import as_json
 from pke_fast.requests import EditRequest, Pair, read_pairs, read_requests
 from pke_fast.stages import Stages
@@ -134,7 +135,7 @@ def edit(options: Namespace) -> None:
     console = console_of(options)
     requests, held = hold_out(requests, _share_held_out(options, conditions, loaded), config.seed)
     if options.dry_run:
-        would = _would_do(loaded, config, requests, locality) | {"held out": len(held)}
+        would = _would_do(loaded, config, requests, locality, conditions) | {"held out": len(held)}
         terminal.facts(console, "Nothing was changed. This would be done:", would)
         finish(options, would)
         return
@@ -221,9 +222,17 @@ def _share_held_out(options: Namespace, conditions: dict[str, Any], loaded: Load
 
 
 def _would_do(
-    loaded: LoadedModel, config: PKEConfig, requests: list[EditRequest], locality: list[Pair] | None
+    loaded: LoadedModel,
+    config: PKEConfig,
+    requests: list[EditRequest],
+    locality: list[Pair] | None,
+    conditions: dict[str, Any],
 ) -> dict[str, Any]:
+    """What an edit would do, after all that can be checked without doing it."""
     from pke_fast.locating import check_fits
+    from pke_fast.plan import Load
+    from pke_fast.planning import plan_loaded
+    from pke_fast.preparation import lengths
     from pke_fast.workbench import workbench
 
     with workbench(loaded.model, loaded.tokenizer, config, name=loaded.name) as bench:
@@ -232,6 +241,9 @@ def _would_do(
             bench.encoder.prompt_ids(prompt)
         check_fits(bench.structure, bench.config)
         first, end = config.layer_window(len(structure.layers))
+        load = Load.of(*lengths(bench.encoder, config, requests, locality))
+        budget, device = conditions["memory_budget"], conditions["device"]
+        plan = plan_loaded(structure, config, load, budget, edits=True, device=device)
         return {
             "model": loaded.name,
             "device": loaded.device,
@@ -245,6 +257,7 @@ def _would_do(
             "locality": len(locality) if locality is not None else "the shipped prompts",
             "method": config.method,
             "num_steps": config.num_steps,
+            "peak memory foretold, MiB": None if plan is None else round(plan.peak / 2**20),
         }
 
 
@@ -310,6 +323,7 @@ def chat(options: Namespace) -> None:
 
         for prompt in _prompts(options, console):
             try:
+                text_or_none(prompt, "the prompt")  # half a character, of bytes that aren't UTF-8
                 before = answer(prompt)
             except InputError as error:  # one prompt that is too long doesn't end the conversation
                 terminal.warnings(console, [str(error)])
