@@ -512,10 +512,14 @@ def test_other_signals_end_a_command_as_ctrl_c_does(name, checkpoint, files, cap
         time.sleep(5)  # where Python hears of it
 
     monkeypatch.setattr(engine, "edit", ended)
-    status, _, err = edit(capsys, checkpoint, files)
-    assert (status, "interrupted" in err) == (128 + number, True)
-    assert not (files / "out").exists()
-    assert signal.getsignal(number) is signal.SIG_DFL
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP is ignored, and stays so
+    try:
+        status, _, err = edit(capsys, checkpoint, files)
+        assert (status, "interrupted" in err) == (128 + number, True)
+        assert not (files / "out").exists()
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.mark.parametrize(("output", "told"), [("/dev/full", "can't write to standard output"), ("&-", "")])
