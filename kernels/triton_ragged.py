@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 SEARCHED = 1024  # offsets compared at once; more requests than that are gone through in a loop
-LEAST_SEARCHED = 64  # fewer requests take as long, and each power of two is another variant to compile
+LEAST_SEARCHED = 16  # fewer requests take as long, and each power of two is another variant; with 32 gram blocks spill
 
 
 def tile_slots(tokens: int, requests: int, tile: int) -> int:
