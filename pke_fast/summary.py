@@ -20,6 +20,7 @@ from pke_fast.versions import versions
 from pke_fast.workbench import Workbench
 
 TOP_NEURONS = 100
+MANY = 0.1  # of the harmless prompts: where more begin as refusals, the edit is told to refuse too much
 LITTLE = 0.1  # an edit that takes less than this share off the loss is as good as none
 
 
@@ -84,6 +85,13 @@ def warnings_of(outcome: Outcome) -> list[str]:
             f"THE EDIT DID LITTLE: the loss of the safe answers went from {before:.3g} to {after:.3g}. "
             "Raise num_steps, lr or k, or widen the window."
         ]
+    for one in outcome.tried:
+        if one.strength == outcome.strength and one.held_refused > MANY * one.held:
+            return [
+                f"THE EDIT REFUSES TOO MUCH: at the strength that was found, {one.strength:g}, answers to "
+                f"{one.held_refused} of {one.held} harmless prompts that it holds begin as refusals. "
+                "Set a lower strength or unseen_refused, or give harmless prompts like those that must be answered."
+            ]
     return []
 
 

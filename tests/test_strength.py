@@ -8,20 +8,22 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from pke_fast import detectors, shipped, strength
+from pke_fast import detectors, shipped, strength, summary
 from pke_fast.batches import pack
 from pke_fast.columns import columns_of
 from pke_fast.config import PKEConfig
-from pke_fast.editing import edit_columns
+from pke_fast.editing import Outcome, edit_columns
 from pke_fast.encoding import Encoded
 from pke_fast.kinds import PROJECTIONS
+from pke_fast.layer_patch import LayerPatch
 from pke_fast.preparation import MOST_UNSEEN, prepare
 from pke_fast.requests import EditRequest
 from pke_fast.resume import NOWHERE, Snapshot
 from pke_fast.stages import Stages
-from pke_fast.strength import LIKELY, LOUDER, WHOLE, answers_begun, beginnings, least, refusing
+from pke_fast.strength import LIKELY, LOUDER, WHOLE, Tried, answers_begun, beginnings, least, refusing
 from pke_fast.structure import find_structure
 from pke_fast.testing import NEURONS, tiny_model, tiny_tokenizer
+from pke_fast.trainer import Losses
 from pke_fast.workbench import workbench
 
 PAD = 259
@@ -103,6 +105,15 @@ def test_an_edit_goes_as_far_as_unseen_requests_need(sequences) -> None:
     live = columns_of(find_structure(model), HOT_SPOTS, PROJECTIONS)
     assert all(torch.equal(column.exact, part.new) for column, part in zip(live, most.layers, strict=True))
     assert most.after != plain.after  # measured on what stays
+
+
+def test_a_strength_that_refuses_what_is_held_is_warned_of() -> None:
+    part = LayerPatch(0, "w", 1, torch.tensor([0]), torch.zeros(1, 2), torch.ones(1, 2))
+    tried = tuple(Tried(by, 9, 10, refused, 40) for by, refused in ((1.0, 4), (2.0, 5)))
+    for found, warned in ((1.0, False), (2.0, True)):
+        outcome = Outcome((part,), (), Losses(2.0, 0.0), Losses(0.1, 0.0), "", found, tried)
+        warnings = summary.warnings_of(outcome)
+        assert [("5 of 40 harmless prompts" in text) for text in warnings] == [True] * warned
 
 
 def test_all_strengths_that_were_tried_are_told(sequences, monkeypatch) -> None:

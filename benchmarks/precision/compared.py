@@ -62,7 +62,7 @@ def kinds_table(found: Found) -> str:
             rows.append(_kinds_row(what.replace("_", " "), bad, [cell], names))
     for bad in (HELD_KINDS, HELD_UNSAFE):
         if parts := [cell for cell in cells if bad in cell["probe"]]:
-            rows.append(_kinds_row(f"all: {bad}", bad, parts, names))
+            rows.append(_kinds_row(f"together: {bad}", bad, parts, names))
     return table(["held out", "refused", *(f"{name} refused; above the probe, points" for name in names)], rows)
 
 
