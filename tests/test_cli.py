@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from pke_fast import engine
 from pke_fast.cli import commands, main
+from pke_fast.cli.outputs import files_read, write_edit
 from pke_fast.cli.unseen import MOST, Unseen, harmless, hold_out
 from pke_fast.errors import PKEError
 from pke_fast.loading import load_model
@@ -404,9 +405,9 @@ def test_names_that_are_no_files_are_not_read(files, monkeypatch):
     monkeypatch.chdir(files)
     for name in ("smollm2", "dinm", "auto", "m"):
         (files / name).mkdir()
-    assert not commands.files_read(Namespace(model="smollm2", config="dinm", device_map="auto", compare="org/name"))
+    assert not files_read(Namespace(model="smollm2", config="dinm", device_map="auto", compare="org/name"))
     given = Namespace(model="dinm", runs=["smollm2", "auto"], judge=["advbench", "classifier:m#2"], resume="none")
-    assert sorted(commands.files_read(given)) == ["auto", "dinm", "m", "none", "smollm2"]
+    assert sorted(files_read(given)) == ["auto", "dinm", "m", "none", "smollm2"]
 
 
 @pytest.mark.parametrize("reason", ["the disk is full", "isn't empty"])
@@ -436,7 +437,7 @@ def test_where_a_patch_is_saved_alone(checkpoint, files, capsys, monkeypatch):
             raise error
 
         with pytest.raises(PKEError if isinstance(error, Exception) else type(error), match=message):
-            commands.write_edit(Namespace(patch=patch, write=write), Namespace(out=str(out), force=False, redact=False))
+            write_edit(Namespace(patch=patch, write=write), Namespace(out=str(out), force=False, redact=False))
 
     lost(files / "new", OSError("no more"), r"can't write .*new\n  got: no more\n  do: .*/new\.patch\.safetensors")
     lost(files / "new", PKEError("no more"), r"no more\n  do: .*/new-[0-9a-f]{8}\.patch\.safetensors")
@@ -522,7 +523,7 @@ def test_other_signals_end_a_command_as_ctrl_c_does(name, checkpoint, files, cap
         signal.signal(number, before)
 
 
-@pytest.mark.parametrize(("output", "told"), [("/dev/full", "can't write to standard output"), ("&-", "")])
+@pytest.mark.parametrize(("output", "told"), [("/dev/full", "no space left for what is written"), ("&-", "")])
 def test_standard_output_that_is_full_or_closed(output, told, checkpoint, files, capsys):
     assert edit(capsys, checkpoint, files)[0] == 0
     command = f"'{sys.executable}' -m pke_fast show '{files / 'out' / 'patch.safetensors'}' >{output}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,6 +144,22 @@ def test_the_model_computes_what_was_fitted(family, sequences, monkeypatch):
         assert float(down.norm() * truth[: len(harmful) * (1 + OTHERS) : 1 + OTHERS].clamp(min=0).mean()) == (
             pytest.approx(size, rel=1e-3)
         )
+
+
+def test_a_device_without_memory_leaves_the_fit_to_the_cpu(monkeypatch):
+    seen = []
+
+    def fitted(_detector, harmful, *_rest):
+        seen.append(harmful.device.type)
+        if harmful.device.type == "meta":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return 3, harmful[0, 0], harmful[0, 0], harmful[0, 0]
+
+    monkeypatch.setattr(module, "_fitted", fitted)
+    detector = SimpleNamespace(down=SimpleNamespace(computed=torch.device("meta")))
+    row, *made = module._fitted_where_it_fits(detector, torch.ones(2, 1, 4), torch.ones(2, 1, 4), torch.ones(4), 1.0)
+    assert (row, seen) == (3, ["meta", "cpu"])
+    assert {values.device.type for values in made} == {"cpu"}
 
 
 def test_what_is_watched_are_the_mlps_inputs_at_the_prompts_last_tokens(sequences):

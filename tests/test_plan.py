@@ -26,7 +26,7 @@ from pke_fast.budget import parse_bytes
 from pke_fast.cli import main
 from pke_fast.columns import columns_of
 from pke_fast.config import PKEConfig
-from pke_fast.detectors import detectors_bytes
+from pke_fast.detectors import detectors_bytes, fit_bytes
 from pke_fast.encoding import Encoded
 from pke_fast.errors import InputError
 from pke_fast.kinds import PROJECTIONS
@@ -310,6 +310,8 @@ def test_an_edit_counts_what_its_detectors_keep_on_the_cpu():
     assert plan.detectors == detectors_bytes(CONFIG, 24, LAYERS - 1, twin.structure.hidden_size, 4) > 0
     assert plan.editing == plan.cache + plan.columns + plan.detectors + plan.step
     assert plan.as_dict()["bytes"]["detectors"] == plan.detectors
+    there = Planner(twin, CONFIG, load_of(), "cuda").plan(None)  # where fitting one and a step take turns
+    assert there.detectors == max(0, fit_bytes(24, twin.structure.hidden_size) - there.step)
     without = kept(CONFIG.replace(detectors=False))
     assert without.detectors == 0
     assert without.editing == plan.editing - plan.detectors
@@ -500,6 +502,8 @@ def test_the_plan_told_before_is_the_reports(command, files, capsys):
     only = ["--locate-only"] if command == "locate" else []
     assert main(["plan", *arguments_of(files, "--json", *only)]) == 0
     told = json.loads(capsys.readouterr().out)
+    assert main(["plan", *arguments_of(files, "--set", "k=9999", *only)]) == 2  # what the job refuses, the plan does
+    assert "more than there are neurons" in capsys.readouterr().err
     assert main([command, *arguments_of(files, "--json", "--out", files / "out")]) == 0
     report = json.loads(capsys.readouterr().out)["plan"]
     for name in ("process", "peak"):  # what Python and its libraries hold just then

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -33,10 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _output_goes_nowhere()
             return 1
         except OSError as error:
-            if error.filename is not None:
+            if error.filename is not None or error.errno != errno.ENOSPC:
                 raise
             _output_goes_nowhere()
-            print(f"pke-fast: can't write to standard output: {error.strerror}", file=sys.stderr)
+            print("pke-fast: no space left for what is written, on standard output or in a file", file=sys.stderr)
             return 1
     except KeyboardInterrupt as error:
         print("pke-fast: interrupted; nothing half-made was left", file=sys.stderr)
@@ -74,4 +75,6 @@ def _ended_by_signals() -> Iterator[None]:
 
 def _output_goes_nowhere() -> None:
     """So that Python, at its end, doesn't try to write what is left."""
+    if sys.stdout is None:
+        return
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

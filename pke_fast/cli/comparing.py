@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pke_fast import terminal
-from pke_fast.cli.commands import check_out
 from pke_fast.cli.common import console_of, finish
+from pke_fast.cli.outputs import check_out
 from pke_fast.evaluating.comparing import compare as compare_runs
 from pke_fast.evaluating.comparing import read_runs
 from pke_fast.evaluating.outputs import write_json

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pke_fast import engine, shipped, terminal
-from pke_fast.cli.commands import check_out, write_edit
 from pke_fast.cli.common import console_of, finish, settings_of
+from pke_fast.cli.outputs import check_out, write_edit
 from pke_fast.cli.unseen import Unseen, harmless
 from pke_fast.evaluation import Evaluation
 from pke_fast.loading import load_model

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pke_fast import terminal
-from pke_fast.cli.commands import check_out
 from pke_fast.cli.common import console_of, finish, settings_of, tell_another_base
+from pke_fast.cli.outputs import check_out
 from pke_fast.encoding import Encoded
 from pke_fast.errors import InputError
 from pke_fast.evaluating import shown
