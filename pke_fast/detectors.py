@@ -50,7 +50,7 @@ SOLVER: dict[str, Any] = {
     "line_search_fn": "strong_wolfe",
 }
 GAINS = (0.0, 0.25, 0.5, 1.0, 2.0)  # mean outputs of the MLP that a detected prompt moves the stream by
-
+LESS = (0.125, 0.0625, 0.03125)  # where the least of these is too much: false alarms cost more than it brings
 FIT_BYTES = 16  # of a layer's input while it is fitted: in fp32 once or twice, in fp64
 GRAM_BYTES = 24  # of d^2: the inputs' products and what they are solved with, in fp64
 
@@ -170,19 +170,20 @@ class Detectors:
             return found
 
         made = self._ranks.from_first(fitted)
-        tried: list[tuple[float, float]] = []
-        for nth, gain in enumerate(GAINS):
+
+        def at(gain: float) -> float:
             for detector, (row, gate, up, down) in zip(self._detectors, made, strict=True):
                 if gain:
                     detector.gate.put(row, gate)
                     if detector.up is not None:
                         detector.up.put(row, up)
                     detector.down.put(row, gain * down)
-            tried.append((loss(), gain))
-            if nth and tried[-1][0] > tried[-2][0]:  # more of it is too much from there on
-                advance(len(GAINS) - nth)
-                break
+            found = loss()
             advance(1)
+            return found
+
+        tried = _until_too_much(at)
+        advance(len(GAINS) - len(tried))
         best = min(tried)[1]
         for detector, (row, *_, down) in zip(self._detectors, made, strict=True):
             if best:
@@ -192,6 +193,16 @@ class Detectors:
                     if column is not None:
                         column.put(row, column.old[row])
         return best
+
+
+def _until_too_much(loss_at: Callable[[float], float]) -> list[tuple[float, float]]:
+    """Losses and gains: more and more, until the loss rises; where it does so at once, less and less, until it does."""
+    tried = [(loss_at(gain), gain) for gain in GAINS[:2]]
+    for gain in LESS if tried[-1][0] > tried[0][0] else GAINS[2:]:
+        tried.append((loss_at(gain), gain))
+        if tried[-1][0] > tried[-2][0]:
+            break
+    return tried
 
 
 def wanted(config: PKEConfig) -> bool:

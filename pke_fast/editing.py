@@ -39,6 +39,7 @@ class Outcome:
         stopped: why it stopped, in words.
         strength: what the change, or what the detectors say, was multiplied by.
         tried: the strengths that it was chosen from; none where it wasn't sought.
+        gain: that the detectors were given; 0 where the edit began without them.
     """
 
     layers: tuple[LayerPatch, ...]
@@ -48,6 +49,7 @@ class Outcome:
     stopped: str
     strength: float = 1.0
     tried: tuple[Tried, ...] = ()
+    gain: float = 0.0
 
 
 def _ended(steps: Sequence[Step], config: PKEConfig) -> bool:
@@ -145,16 +147,16 @@ def edit_columns(
         with stage("Measuring the losses after", requests_sampled + pairs_sampled) as advance:
             after = trainer.final_losses(advance)
         layers = tuple(column.patch() for column in columns)
-        return Outcome(layers, tuple(steps), before, after, stopped, strength, tried)
+        return Outcome(layers, tuple(steps), before, after, stopped, strength, tried, trainer.gain)
 
 
 def _state(trainer: Trainer, steps: Sequence[Step]) -> dict[str, Tensor]:
     """All that decides the steps to come but the pace, which each rank keeps."""
     made = torch.tensor([astuple(step) for step in steps], dtype=torch.float64)
-    state = {"steps": made, "begun": torch.tensor(trainer.begun)}
+    state = {"steps": made, "gain": torch.tensor(trainer.gain, dtype=torch.float64)}
     for column in trainer.columns:
         state |= {f"{column.name}.{name}": tensor for name, tensor in column.state().items()}
-        if trainer.begun:
+        if trainer.gain:
             state |= dict(zip(_start_of(column), trainer.start[column.name], strict=True))
     return state
 
@@ -168,8 +170,8 @@ def _resumed(columns: Sequence[Columns], trainer: Trainer, state: Mapping[str, T
     """The steps that an earlier run made; the columns are as they were after them."""
     if state is None:
         return []
-    trainer.begun = bool(state["begun"])
-    if trainer.begun:
+    trainer.gain = float(state["gain"])
+    if trainer.gain:
         for column in columns:
             rows, values = (state[name] for name in _start_of(column))
             for row, value in zip(rows.tolist(), values, strict=True):

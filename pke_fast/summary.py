@@ -20,6 +20,7 @@ from pke_fast.versions import versions
 from pke_fast.workbench import Workbench
 
 TOP_NEURONS = 100
+FEW = 0.5  # of `unseen_refused`: where fewer of the unseen requests begin as refusals, that is told
 MANY = 0.1  # of the harmless prompts: where more begin as refusals, the edit is told to refuse too much
 LITTLE = 0.1  # an edit that takes less than this share off the loss is as good as none
 
@@ -68,11 +69,12 @@ def losses_of(outcome: Outcome) -> dict[str, Any]:
         "before": dataclasses.asdict(outcome.before),
         "after": dataclasses.asdict(outcome.after),
         "stopped": outcome.stopped,
+        "gain": outcome.gain,
         "strength": outcome.strength,
     }
 
 
-def warnings_of(outcome: Outcome) -> list[str]:
+def warnings_of(outcome: Outcome, unseen_refused: float) -> list[str]:
     """What a user must not overlook: above all, an edit that did nothing."""
     unchanged = all(bool((part.old == part.new).all()) for part in outcome.layers)
     before, after = outcome.before.edit, outcome.after.edit
@@ -85,14 +87,21 @@ def warnings_of(outcome: Outcome) -> list[str]:
             f"THE EDIT DID LITTLE: the loss of the safe answers went from {before:.3g} to {after:.3g}. "
             "Raise num_steps, lr or k, or widen the window."
         ]
-    for one in outcome.tried:
-        if one.strength == outcome.strength and one.held_refused > MANY * one.held:
-            return [
+    told = []
+    for one in (tried for tried in outcome.tried if tried.strength == outcome.strength):
+        if one.refused < FEW * unseen_refused * one.unseen:
+            told.append(
+                f"THE EDIT REFUSES LITTLE BUT WHAT IT HAS SEEN: at the greatest strength, {one.strength:g}, answers to "
+                f"{one.refused} of {one.unseen} other harmful requests begin as refusals; {unseen_refused:.0%} were "
+                "wanted. Raise num_steps or k, or give requests of more kinds."
+            )
+        if one.held_refused > MANY * one.held:
+            told.append(
                 f"THE EDIT REFUSES TOO MUCH: at the strength that was found, {one.strength:g}, answers to "
                 f"{one.held_refused} of {one.held} harmless prompts that it holds begin as refusals. "
                 "Set a lower strength or unseen_refused, or give harmless prompts like those that must be answered."
-            ]
-    return []
+            )
+    return told
 
 
 def report_of(
@@ -135,7 +144,7 @@ def report_of(
         "losses": {**losses_of(outcome), "tried": [dataclasses.asdict(one) for one in outcome.tried]},
         "stages": [dataclasses.asdict(stage) for stage in bench.stages.done],
         "plan": plan_facts(plan, bench),
-        "warnings": [*warnings_of(outcome), *bench.pace.notes],
+        "warnings": [*warnings_of(outcome, bench.config.unseen_refused), *bench.pace.notes],
         "evaluation": None,
         "samples": [],
         "files": {},

@@ -90,8 +90,9 @@ def losses(console: Console, found: Mapping[str, Any]) -> None:
         table.add_row(label, *values)
     show_table(console, table)
     if found.get("stopped"):
-        strength = found.get("strength", 1)
-        more = "" if strength == 1 else f"; strength {strength:g}"
+        gain, strength = found.get("gain", 0), found.get("strength", 1)
+        more = f"; detectors' gain {gain:g}" if gain else ""
+        more += "" if strength == 1 else f"; strength {strength:g}"
         show_text(console, f"Stopped: {found['stopped']}{more}", indent=2, style="dim")
 
 

@@ -115,7 +115,7 @@ class Trainer:
         self.pace = pace or Pace.unplanned(config)
         self._first = min(column.layer for column in columns)
         self._most_lr = [LR_OF_RMS * column.rms if config.lr is None else config.lr for column in columns]
-        self.begun = False  # with detectors
+        self.gain = 0.0  # of the detectors; 0 where there are none
         self.start: dict[str, tuple[Tensor, Tensor]] = {}  # what they are, by column: rows, values
         self._shuffle = random.Random(config.seed)
         self._pad_id = pad_id
@@ -246,7 +246,7 @@ class Trainer:
             return float(self.config.w_edit * edit + self.config.w_kl * kl)
 
         gain = detectors.begin(towards, loss, advance)
-        self.begun = bool(gain)
+        self.gain = gain
         if gain:
             self.hold()
         return gain
@@ -341,12 +341,12 @@ class Trainer:
     @property
     def strengths(self) -> tuple[float, ...]:
         """Those that are tried."""
-        return LOUDER if self.begun else WHOLE
+        return LOUDER if self.gain else WHOLE
 
     def stretch(self, by: float) -> None:
         """Gives the live weights a strength: so many times what the detectors say, or without them the change."""
         for column in self.columns:
-            if not self.begun:
+            if not self.gain:
                 column.stretch(by)
             elif column.projection == "down":
                 column.amplify(self.start[column.name][0], by)
@@ -370,9 +370,9 @@ class Trainer:
         return [int(count) for count in found.tolist()]
 
     def _lr_left(self, number: int) -> float:
-        """The share of the learning rate at a step: from 1 down to `lr_end`; of a default, GENTLY if begun."""
+        """The share of the learning rate at a step: from 1 down to `lr_end`; of a default, GENTLY after detectors."""
         end = self.config.lr_end
-        most = GENTLY if self.begun and self.config.lr is None else 1.0
+        most = GENTLY if self.gain and self.config.lr is None else 1.0
         return most * (end + (1 - end) * max(0.0, 1 - number / max(1, self.config.num_steps - 1)))
 
     def _next(self, minibatches: list[_Minibatch], number: int) -> _Minibatch:

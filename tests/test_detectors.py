@@ -11,7 +11,7 @@ import torch
 from pke_fast import detectors as module
 from pke_fast.columns import columns_of
 from pke_fast.config import PKEConfig
-from pke_fast.detectors import GAINS, OTHERS, Detectors, detectors_bytes, fit_probe
+from pke_fast.detectors import GAINS, LESS, OTHERS, Detectors, detectors_bytes, fit_probe
 from pke_fast.editing import edit_columns
 from pke_fast.encoding import Encoded
 from pke_fast.kernels.glu_score import ACTIVATIONS
@@ -206,17 +206,25 @@ def test_a_gain_of_0_puts_the_weights_back(dtype, sequences, monkeypatch):
     assert all(torch.equal(column.master, column.old) for column in columns)
 
 
-def test_once_more_is_too_much_no_larger_gain_is_tried(sequences):
+@pytest.mark.parametrize(
+    ("told", "best"),
+    [
+        ([3.0, 2.0, 1.0, 1.5], GAINS[2]),
+        ([1.0, 2.0, 1.5, 0.5, 0.7], LESS[1]),  # the least of GAINS is too much
+        ([1.0, 9.0, 5.0, 3.0, 0.9], LESS[2]),
+    ],
+)
+def test_the_loss_turns_and_no_more_gains_are_tried(told, best, sequences):
     _, _, columns, detectors, trainer = trained("llama", sequences)
-    asked, losses, steps = [], iter([3.0, 2.0, 1.0, 1.5]), []
+    asked, losses, steps = [], iter(told), []
 
     class Turning(Detectors):
         def begin(self, towards, loss, advance):
             return super().begin(towards, lambda: (asked.append(loss()), next(losses))[1], advance)
 
     detectors.__class__ = Turning
-    assert trainer.begin(detectors, steps.append) == GAINS[2] == 0.5
-    assert len(asked) == 4 < len(GAINS)
+    assert trainer.begin(detectors, steps.append) == trainer.gain == best
+    assert len(asked) == len(told) <= len(GAINS)
     assert sum(steps) == detectors.stages
     downs = [column for column in columns if column.projection == "down"]
     assert all(float((column.master - column.old).norm()) > 0 for column in downs)

@@ -107,13 +107,19 @@ def test_an_edit_goes_as_far_as_unseen_requests_need(sequences) -> None:
     assert most.after != plain.after  # measured on what stays
 
 
-def test_a_strength_that_refuses_what_is_held_is_warned_of() -> None:
+TOO_LITTLE, TOO_MUCH = "2 of 10 other harmful requests", "5 of 40 harmless prompts"
+
+
+@pytest.mark.parametrize(
+    ("refused", "held_refused", "told"),
+    [(3, 4, []), (2, 4, [TOO_LITTLE]), (3, 5, [TOO_MUCH]), (2, 5, [TOO_LITTLE, TOO_MUCH])],
+)
+def test_a_strength_that_refuses_too_little_or_what_is_held_is_warned_of(refused, held_refused, told) -> None:
     part = LayerPatch(0, "w", 1, torch.tensor([0]), torch.zeros(1, 2), torch.ones(1, 2))
-    tried = tuple(Tried(by, 9, 10, refused, 40) for by, refused in ((1.0, 4), (2.0, 5)))
-    for found, warned in ((1.0, False), (2.0, True)):
-        outcome = Outcome((part,), (), Losses(2.0, 0.0), Losses(0.1, 0.0), "", found, tried)
-        warnings = summary.warnings_of(outcome)
-        assert [("5 of 40 harmless prompts" in text) for text in warnings] == [True] * warned
+    tried = (Tried(1.0, 0, 10, 40, 40), Tried(2.0, refused, 10, held_refused, 40))
+    outcome = Outcome((part,), (), Losses(2.0, 0.0), Losses(0.1, 0.0), "", 2.0, tried)
+    warnings = summary.warnings_of(outcome, 0.6)
+    assert [expected in text for expected, text in zip(told, warnings, strict=True)] == [True] * len(told)
 
 
 def test_all_strengths_that_were_tried_are_told(sequences, monkeypatch) -> None:
