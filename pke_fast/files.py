@@ -195,13 +195,23 @@ def _delete(old: Path, path: Path) -> None:
             LOG.warning("%s is written; what was there before can't be deleted and is left in %s: %s", path, old, error)
 
 
-def check_output_file(path: str | Path, force: bool = False) -> None:
+def check_output_file(path: str | Path, force: bool = False, keep: Iterable[str | Path] = ()) -> None:
     """Checks that a result can be written to the file `path`; changes nothing.
 
+    Args:
+        keep: files and folders that are read: `path` may be none of them, and no file that is in one.
+
     Raises:
-        InputError: it is there and `force` isn't given, it is a folder, or its place can't be written to.
+        InputError: it is there and `force` isn't given, it is a folder, or is read; or its place can't be written to.
     """
     path = Path(os.path.realpath(path))
+    for kept in (Path(os.path.realpath(name)) for name in keep):
+        if path == kept or (path.exists() and kept in path.parents):
+            raise InputError(
+                f"the output file {path} is read itself",
+                expected="a file apart from all that is read, which is never changed",
+                do="choose another file",
+            )
     if path.is_dir():
         raise InputError(f"can't write {path}", expected="the name of a file", got="a folder")
     if path.exists() and not force:

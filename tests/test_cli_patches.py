@@ -53,6 +53,24 @@ def weight(folder: Path, layer: int) -> torch.Tensor:
     return load_file(folder / "model.safetensors")[NAME.format(layer)]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["scale", "a.safetensors", "--by", 0.5, "--out", "a.safetensors"],
+        ["merge", "a.safetensors", "b.safetensors", "--out", "link.safetensors"],
+        ["diff", "model", "model", "--out", "model/model.safetensors"],
+    ],
+)
+def test_what_is_read_isnt_replaced_by_force_either(
+    arguments: list[object], files: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(files)
+    Path("link.safetensors").symlink_to("b.safetensors")
+    before = {path: path.read_bytes() for path in files.rglob("*.safetensors")}
+    bad(capsys, "is read itself", *arguments, "--force")
+    assert {path: path.read_bytes() for path in files.rglob("*.safetensors")} == before
+
+
 def test_apply_and_revert_in_place(files: Path, capsys: Any) -> None:
     model, patch = files / "model", files / "a.safetensors"
     before = (model / "model.safetensors").read_bytes()

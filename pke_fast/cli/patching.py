@@ -79,7 +79,7 @@ def diff(options: Namespace) -> None:
     from pke_fast.diff import diff_checkpoints
 
     if options.out:
-        check_output_file(options.out, options.force)
+        check_output_file(options.out, options.force, [options.a, options.b])
     ended = [_recovered(folder) for folder in (options.a, options.b)]
     found = diff_checkpoints(options.a, options.b, want_patch=bool(options.out), ignore_others=options.ignore_others)
     if options.out:
@@ -110,7 +110,7 @@ def diff(options: Namespace) -> None:
 def merge(options: Namespace) -> None:
     from pke_fast.combine import merge as merge_patches
 
-    check_output_file(options.out, options.force)
+    check_output_file(options.out, options.force, options.patches)
     names = [str(path) for path in options.patches]
     merged = merge_patches([Patch.load(name) for name in names], names)
     merged.save(options.out)
@@ -133,7 +133,7 @@ def merge(options: Namespace) -> None:
 def scale(options: Namespace) -> None:
     from pke_fast.combine import scale as scale_patch
 
-    check_output_file(options.out, options.force)
+    check_output_file(options.out, options.force, [options.patch])
     scaled = scale_patch(Patch.load(options.patch), options.by, str(options.patch))
     scaled.save(options.out)
     summary = {"out": options.out, "by": options.by, "neurons": scaled.n_neurons}
