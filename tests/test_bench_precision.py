@@ -169,7 +169,14 @@ def test_all_cells_and_that_a_killed_run_goes_on(
     text = doc.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
-    for title in ("By judge", "XSTest by type", "Beside the probe", "Ablation, as edited", "Edit after edit"):
+    for title in (
+        "By judge",
+        "XSTest by type",
+        "Beside the probe",
+        "Ablation, as edited",
+        "Ablation where",
+        "Edit after edit",
+    ):
         assert f"### {title}" in text
     assert "5 requests were edited on" in text
     assert sorted(p.name for p in (doc.parent / "images").iterdir()) == [
@@ -322,4 +329,7 @@ def test_the_point_of_equal_attack_success() -> None:
     assert point.scale == pytest.approx(0.9)
     assert point.refused == pytest.approx({"attacks": 0.95, DOLLY: 0.15})
     assert fronts.point_at({"0": verdicts(0, 0), "1": verdicts(94, 1)}) is None
+    over = fronts.point_at(scales, 0.15, DOLLY)  # the other way round
+    assert over is not None
+    assert over.refused == pytest.approx(point.refused)
     assert fronts.curve(scales, "attacks", DOLLY) == [(0, 0), (0, 0.1), (0.1, 0.93), (0.2, 0.97)]

@@ -269,5 +269,8 @@ def test_a_model_s_preference_is_asked_in_both_orders(folders: Path) -> None:
     for name in ("causal:", "python:json", "other:x"):
         with pytest.raises(InputError, match="unknown judge of preference"):
             open_preference(name)
-    with pytest.raises(InputError, match="can't be imported"):
-        open_preference("python:json:nothing")
+    for name, message in (("json:nothing", "can't be imported"), (":f", "can't be imported"), ("math:pi", "prefers")):
+        with pytest.raises(InputError, match=message):
+            open_preference(f"python:{name}")
+    with pytest.raises(InputError, match="can't be read"):
+        winrate(["q"], ["a"], ["b"], lambda *_: None)

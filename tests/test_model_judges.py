@@ -71,14 +71,47 @@ def test_a_classifier_gives_the_verdicts_of_a_plain_forward_pass(classifier: Pat
     assert pair.verdicts(PROMPTS, ANSWERS) != expected  # it reads the prompt as well
 
 
+def with_config(classifier: Path, folder: Path, **changes: Any) -> Path:
+    """A copy of the classifier with other values in its configuration."""
+    for file in classifier.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((classifier / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def test_a_classifier_of_several_classes_at_once_is_asked_about_one(classifier: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    folder = with_config(classifier, tmp_path, problem_type="multi_label_classification")
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), tiny_tokenizer()
+    (judge,) = open_judges([f"classifier:{folder}"])
+    expected = []
+    with torch.no_grad():
+        for answer in ANSWERS:
+            logits = model(torch.tensor([tokenizer(answer)["input_ids"]])).logits
+            expected.append(bool(logits[0, 1].sigmoid() > 0.5))
+    assert 0 < sum(expected) < len(expected)
+    assert judge.verdicts(PROMPTS, ANSWERS) == expected
+    assert open_judges([f"classifier:{classifier}"])[0].verdicts(PROMPTS, ANSWERS) != expected
+
+
+def test_a_classifier_of_one_number_is_refused(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    config = tiny_model("llama").config
+    config.num_labels = 1
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no classes apart"):
+        open_judges([f"classifier:{tmp_path}"])
+
+
 def test_a_classifier_whose_classes_tell_nothing_must_be_told(classifier: Path, tmp_path: Path, causal: Path) -> None:
     with pytest.raises(InputError, match="counts as harm can't be told"):
         open_judges([f"classifier:{classifier}#bad"])
-    config = json.loads((classifier / "config.json").read_text())
-    config["id2label"], config["label2id"] = {"0": "LABEL_0", "1": "LABEL_1"}, {"LABEL_0": 0, "LABEL_1": 1}
-    for file in classifier.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    names = {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
+    with_config(classifier, tmp_path, **names)
     with pytest.raises(InputError, match="#LABEL_0"):
         open_judges([f"classifier:{tmp_path}"])
     assert open_judges([f"classifier:{tmp_path}#LABEL_1"])[0].verdicts(["a"], ["b"]) is not None
@@ -136,6 +169,7 @@ def test_a_causal_judge_says_the_likelier_word(causal: Path) -> None:
         ("causl:x", None, "did you mean 'causal'"),
         ("python:no_such_module:f", None, "can't be imported"),
         ("python:json:no_such_function", None, "can't be imported"),
+        ("python::f", None, "can't be imported"),
         ("python:sys:path", None, "no function that judges"),
         ("classifier:", None, "unknown judge"),
         ("classifier:/no/such/folder", None, "no such folder"),
@@ -157,6 +191,9 @@ harm.tells = "harm"
 
 def wrong(prompts, answers):
     return [0.5]
+
+def silent(prompts, answers):
+    return None
 """
 
 
@@ -183,8 +220,9 @@ def test_functions_judge_refusal_or_harm(functions: str) -> None:
     assert set(result.benign["refusal_rate"]) == {"xstest", f"{functions}:refuses"}  # harm isn't asked of benign ones
     assert result.generations[0]["harmful"] == {f"{functions}:harm": True}
     assert "harmful" not in result.generations[-1]
-    with pytest.raises(InputError, match="doesn't judge"):
-        evaluate_model(*given, judges=[f"{functions}:wrong"], max_new_tokens=2, stages=Stages(show=False))
+    for bad in ("wrong", "silent"):
+        with pytest.raises(InputError, match="doesn't judge"):
+            evaluate_model(*given, judges=[f"{functions}:{bad}"], max_new_tokens=2, stages=Stages(show=False))
     with pytest.raises(InputError, match="can't be stopped early"):
         evaluate_model(*given, judges=judges, stop_early=True, stages=Stages(show=False))
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from precision import fronts
 from precision.cells import Value
-from precision.figures import NONE, Found, ability, kl, minutes, percent, perplexity, rate, table
+from precision.figures import NONE, Found, ability, kl, minutes, of_edit, percent, perplexity, rate, table
 from precision.kinds import HELD_KINDS, HELD_UNSAFE
 from precision.sequential import FIRST, states
-from precision.sets import ALIKE, ATTACKS, BENIGN, DOLLY, SAFE, UNSAFE
+from precision.sets import ALIKE, ATTACKS, BENIGN, DOLLY, HELD, SAFE, UNSAFE
 from precision.settings import Setting
 
 
@@ -22,8 +22,8 @@ def ablation_table(found: Found, settings: Mapping[str, Setting]) -> str:
         edit, front = found.get(f"edit, {run}"), found.get(f"front, {run}")
         if edit is None:
             continue
-        refused = fronts.rates(front["scales"]["1"]) if front else {}
-        cells = [percent(refused[part]) if refused else NONE for part in sets]
+        verdicts = front["scales"]["1"] if front else {}
+        cells = [rate(sum(verdicts[part]), len(verdicts[part])) if verdicts else NONE for part in sets]
         changed = [f"{edit['neurons']:,} ({percent(edit['share'])})", f"{edit['change']:.2f}"]
         rows.append([run, *cells, *changed, minutes(edit["seconds"])])
     return table(["refused by", *sets, "neurons", "norm of the change", "time"], rows)
@@ -32,22 +32,41 @@ def ablation_table(found: Found, settings: Mapping[str, Setting]) -> str:
 def equal_table(found: Found, settings: Mapping[str, Setting]) -> str:
     """Every setting scaled to the same attack success: what it breaks there."""
     rows = []
-    for name, setting in settings.items():
-        run = f"{name}-{setting.seeds[0]}"
-        front = found.get(f"front, {run}")
-        if front is None:
-            continue
-        point = fronts.point_at(front["scales"])
+    for run, scales in _fronts(found, settings):
+        point = fronts.point_at(scales)
         if point is None:
-            best = max(fronts.rates(verdicts)[ATTACKS] for verdicts in front["scales"].values())
-            rows.append([run, f"not reached: {percent(1 - best)} at best", *[NONE] * 8])
+            best = max(fronts.rates(verdicts)[ATTACKS] for verdicts in scales.values())
+            rows.append([run, f"not reached: {percent(1 - best)} at best", *[NONE] * 9])
             continue
         refused = [percent(point.refused[part]) for part in (UNSAFE, DOLLY, SAFE, ALIKE, BENIGN)]
         equal = f"{run} at equal ASR"
         broken = [perplexity(found, equal), kl(found, equal), ability(found, equal, "openbook_qa")]
+        broken.append(of_edit(found, run, "change", lambda norm, by=point.scale: f"{by * norm:.2f}"))
         rows.append([run, f"{point.scale:.2f}", *refused, *(value[1] if value else NONE for value in broken)])
     sets = [f"refused, {part}" for part in (UNSAFE, DOLLY, SAFE, ALIKE, BENIGN)]
-    return table(["setting", "scale", *sets, "perplexity", "KL", "openbook_qa"], rows)
+    return table(["setting", "scale", *sets, "perplexity", "KL", "openbook_qa", "norm of the change"], rows)
+
+
+def over_refused_table(found: Found, settings: Mapping[str, Setting]) -> str:
+    """Every setting scaled until it refuses as many of XSTest's safe prompts: what else it refuses there."""
+    shown = (ATTACKS, UNSAFE, HELD, DOLLY, ALIKE, BENIGN)
+    rows = []
+    for run, scales in _fronts(found, settings):
+        point = fronts.point_at(scales, fronts.OVER_REFUSED, SAFE)
+        if point is None:
+            most = max(fronts.rates(verdicts)[SAFE] for verdicts in scales.values())
+            rows.append([run, f"not reached: {percent(most)} at most", *[NONE] * len(shown)])
+            continue
+        rows.append([run, f"{point.scale:.2f}", *(percent(point.refused[part]) for part in shown)])
+    return table(["setting", "scale", *(f"refused, {part}" for part in shown)], rows)
+
+
+def _fronts(found: Found, settings: Mapping[str, Setting]) -> Iterator[tuple[str, Value]]:
+    """Every setting's first seed that has a front, and its scales."""
+    for name, setting in settings.items():
+        run = f"{name}-{setting.seeds[0]}"
+        if f"front, {run}" in found:
+            yield run, found[f"front, {run}"]["scales"]
 
 
 def kinds_table(found: Found) -> str:
@@ -77,7 +96,7 @@ def _kinds_row(what: str, bad: str, cells: Sequence[Value], names: Sequence[str]
             continue
         refused, of = (sum(cell["refused"][name][i] for cell in at) for i in (0, 1))
         above = sum(cell["refused"][bad][0] - cell["refused"][bad][1] * cell["probe"][bad][name] for cell in at)
-        shown.append(f"{percent(refused / of)}; {100 * above / sum(cell['refused'][bad][1] for cell in at):+.1f}")
+        shown.append(f"{rate(refused, of)}; {100 * above / sum(cell['refused'][bad][1] for cell in at):+.1f}")
     return [what, rate(count, n), *shown]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pke_fast import terminal
+from pke_fast import shipped, terminal
 from pke_fast.budget import parse_bytes
 from pke_fast.cli.common import console_of, finish, settings_of, tell_another_base
 from pke_fast.cli.outputs import check_out, write_edit
@@ -114,7 +114,7 @@ def edit(options: Namespace) -> None:
         stages = _clock(conditions["device"] or loaded.device, ranks)
         categories = {request.prompt: request.category for request in held if request.category}
         prompts = [request.prompt for request in held]
-        unseen = Unseen(loaded, config, stages, prompts, harmless(), categories=categories)
+        unseen = Unseen(loaded, config, stages, prompts, harmless(), shipped.prose(), categories)
         if held and ranks.first:
             unseen.measure("before")
         result = engine.edit(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pke_fast.errors import InputError
+from pke_fast.evaluating.functions import values_of
 from pke_fast.evaluating.measured import why_unpaired
 from pke_fast.evaluating.paired import differences, pairs
 from pke_fast.intervals import listed, mean_interval, paired_difference
@@ -171,7 +172,8 @@ def winrate(prompts: list[str], first: list[str], second: list[str], preference:
     """
     values = [0.5] * len(prompts)
     asked = [index for index in range(len(prompts)) if first[index] != second[index]]
-    said = list(preference(*([column[i] for i in asked] for column in (prompts, first, second)))) if asked else []
+    columns = ([column[i] for i in asked] for column in (prompts, first, second))
+    said = values_of(preference(*columns)) if asked else []
     if len(said) != len(asked) or any(value not in (0, 0.5, 1) for value in said):
         raise InputError(
             "the preference can't be read", expected=f"0, 0.5 or 1 for each of {len(asked)} pairs", got=repr(said)[:60]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 from pke_fast.errors import InputError
 from pke_fast.evaluating.comparing import Preference
+from pke_fast.evaluating.functions import function_named
 from pke_fast.evaluating.loglikelihood import continuation_logprobs, joined
 from pke_fast.loading import load_model
 
@@ -25,16 +25,11 @@ def open_preference(name: str, device: str = "auto") -> Preference:
     kind, _, place = name.partition(":")
     if kind == "causal" and place:
         return causal_preference(load_model(place, device))
-    module, _, function = place.partition(":")
-    if kind != "python" or not function:
+    if kind != "python" or not place.partition(":")[2]:
         raise InputError(
             f"unknown judge of preference {name!r}", expected="causal:MODEL or python:MODULE:FUNCTION", got=repr(name)
         )
-    try:
-        found: Preference = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"{name} can't be imported", got=str(error), do="check both names, and PYTHONPATH") from error
-    return found
+    return function_named(place, f"the preference {name}", "prefers")
 
 
 def causal_preference(loaded: Any) -> Preference:

@@ -13,12 +13,12 @@ harmful. A degenerate answer is never put to it, and counts as harmless.
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from pke_fast.errors import InputError
+from pke_fast.evaluating.functions import function_named, values_of
 from pke_fast.judges import JUDGES, get_judge
 
 KINDS = ("classifier", "pair-classifier", "causal", "python")
@@ -52,7 +52,7 @@ class FunctionJudge:
         Raises:
             InputError: it doesn't give one bool for each answer.
         """
-        found = list(self.function(list(prompts), list(answers)))
+        found = values_of(self.function(list(prompts), list(answers)))
         if len(found) != len(answers) or any(verdict not in (True, False) for verdict in found):
             raise InputError(
                 f"the judge {self.name} doesn't judge",
@@ -111,21 +111,12 @@ def _open(name: str, device: str, template: str | None) -> AnswerJudge:
 
 
 def _function(name: str, place: str) -> FunctionJudge:
-    module, _, function = place.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(
-            f"the judge {name} can't be imported",
-            expected="python:MODULE:FUNCTION, with the module on Python's path",
-            got=str(error),
-            do="check both names, and PYTHONPATH",
-        ) from error
+    found = function_named(place, f"the judge {name}", "judges")
     tells = getattr(found, "tells", "refusal")
-    if not callable(found) or tells not in ("refusal", "harm"):
+    if tells not in ("refusal", "harm"):
         raise InputError(
-            f"the judge {name} is no function that judges",
-            expected="a function of prompts and answers, whose attribute `tells` is 'refusal' or 'harm' if it has one",
-            got=f"{type(found).__name__}, tells {tells!r}",
+            f"what the judge {name} tells isn't known",
+            expected="a function whose attribute `tells` is 'refusal' or 'harm' if it has one",
+            got=repr(tells),
         )
     return FunctionJudge(name, found, "harm" if tells == "harm" else "refusal")
