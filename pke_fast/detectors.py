@@ -51,6 +51,7 @@ SOLVER: dict[str, Any] = {
 }
 GAINS = (0.0, 0.25, 0.5, 1.0, 2.0)  # mean outputs of the MLP that a detected prompt moves the stream by
 LESS = (0.125, 0.0625, 0.03125)  # where the least of these is too much: false alarms cost more than it brings
+
 FIT_BYTES = 16  # of a layer's input while it is fitted: in fp32 once or twice, in fp64
 GRAM_BYTES = 24  # of d^2: the inputs' products and what they are solved with, in fp64
 
