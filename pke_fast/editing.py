@@ -119,20 +119,23 @@ def edit_columns(
             with stage("Beginning with detectors", detectors.stages) as advance:
                 trainer.begin(detectors, advance)
         steps = _resumed(columns, trainer, kept)
-        with stage(STEPS, config.num_steps) as advance:
+        learnt = not steps and not trainer.gain and before.edit < config.stop_loss
+        with stage(STEPS, 0 if learnt else config.num_steps) as advance:
             if steps:
                 advance(len(steps))
-            while not _ended(steps, config):
+            while not learnt and not _ended(steps, config):
                 steps.append(trainer.step(len(steps)))
                 advance(1)
                 if ranks.first:
                     snapshot.save(partial(_state, trainer, steps), done=_ended(steps, config))
         stopped = f"all {config.num_steps} steps were made"
-        if _good_enough(steps[-STOP_WINDOW:], config):
+        if learnt:  # Adam's first step is as long for a small gradient as for a large one: it would unlearn
+            stopped = "before any step the loss of the safe answers was below stop_loss: nothing was changed"
+        elif _good_enough(steps[-STOP_WINDOW:], config):
             stopped = f"over {STOP_WINDOW} steps, the losses fell below stop_loss and stop_kl"
         strength = config.strength if config.norm_constraint is None else 1.0
         tried: tuple[Tried, ...] = ()
-        if strength is None and unseen:
+        if strength is None and unseen and not learnt:
             held = refusing(locality, unseen)
             with stage("Finding the strength", len(ranks.mine(unseen)) + len(ranks.mine(held))) as advance:
                 harmful, harmless = (trainer.begun_by_strength(side, advance) for side in (unseen, held))

@@ -78,6 +78,10 @@ def warnings_of(outcome: Outcome, unseen_refused: float) -> list[str]:
     """What a user must not overlook: above all, an edit that did nothing."""
     unchanged = all(bool((part.old == part.new).all()) for part in outcome.layers)
     before, after = outcome.before.edit, outcome.after.edit
+    if unchanged and not outcome.steps:
+        return [
+            f"THE EDIT DID NOTHING: the safe answers are likely already, at a loss of {before:.3g}. Lower stop_loss."
+        ]
     if unchanged:
         return [
             "THE EDIT DID NOTHING: every weight is as it was. Raise lr or num_steps, or load the model in fp32 or bf16."

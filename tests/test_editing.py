@@ -18,6 +18,7 @@ from pke_fast.kernels.sparse_columns import read_columns
 from pke_fast.kinds import PROJECTIONS
 from pke_fast.stages import Stages
 from pke_fast.structure import find_structure
+from pke_fast.summary import warnings_of
 from pke_fast.tape import record
 from pke_fast.testing import FAMILIES, NEURONS, tiny_model
 from pke_fast.trainer import Trainer, reached
@@ -229,6 +230,23 @@ def test_it_stops_when_the_safe_answers_are_likely(sequences):
     assert len(outcome.steps) < 400
     assert outcome.after.edit < 0.6
     assert "stop_loss" in outcome.stopped
+
+
+def test_what_is_learnt_already_is_left_alone(sequences):
+    """Adam's first steps are as long for a small gradient as for a large one: a second edit would unlearn the first."""
+    model = tiny_model("llama").requires_grad_(False)
+    config = CONFIG.replace(stop_loss=100.0, stop_kl=100.0, detectors=False)
+    hot_spots = {1: torch.tensor([3, 4])}
+    given = (sequences(4), sequences(4, seed=1), config)
+    outcome = edit_columns(
+        find_structure(model), hot_spots, *given, pad_id=0, stage=Stages(show=False).stage, unseen=sequences(3, seed=2)
+    )
+    assert (outcome.steps, outcome.strength, outcome.tried) == ((), 1.0, ())
+    assert outcome.before.edit == outcome.after.edit < config.stop_loss
+    assert all(torch.equal(part.new, part.old) for part in outcome.layers)
+    assert "before any step" in outcome.stopped
+    (warning,) = warnings_of(outcome, 0.6)
+    assert "likely already" in warning
 
 
 def test_the_norm_constraint_bounds_every_weights_move(sequences):
