@@ -64,8 +64,8 @@ class PKEConfig:
         weight_decay: Adam's, decoupled, towards the old weights and not towards zero.
         w_edit, w_kl: weights of the safe answer's cross-entropy and of the locality KL in the loss. The KL is to the
             model with the detectors where there are some.
-        stop_loss, stop_kl: stop once the running means of the edit loss and of the KL are both below these. Where the edit
-            loss is below before any step, and detectors wouldn't lower it, none is made.
+        stop_loss, stop_kl: stop once the running means of the edit loss and of the KL are both below these. Where the
+            edit loss is below before any step, and detectors wouldn't lower it, none is made.
         strength: once the steps are made, what the detectors say is multiplied by this, or where there are none the
             whole change: above 1 it refuses more of what it refused almost, harmful or not. None: beside companions the
             least, from 1 to 5 (of the whole change to 1.5), that makes the edit refuse
