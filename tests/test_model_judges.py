@@ -50,16 +50,18 @@ def causal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_classifier_gives_the_verdicts_of_a_plain_forward_pass(classifier: Path) -> None:
+def logits(classifier: Path) -> torch.Tensor:
+    """What a plain forward pass of the classifier gives for each answer by itself, [answers, classes]."""
     from transformers import AutoModelForSequenceClassification
 
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(classifier), tiny_tokenizer()
-    (judge,) = open_judges([f"classifier:{classifier}"])
-    expected = []
     with torch.no_grad():
-        for answer in ANSWERS:
-            logits = model(torch.tensor([tokenizer(answer)["input_ids"]])).logits
-            expected.append(bool(logits[0, 1] > logits[0, 0]))
+        return torch.cat([model(torch.tensor([tokenizer(answer)["input_ids"]])).logits for answer in ANSWERS])
+
+
+def test_a_classifier_gives_the_verdicts_of_a_plain_forward_pass(classifier: Path) -> None:
+    (judge,) = open_judges([f"classifier:{classifier}"])
+    expected = [bool(unsafe > safe) for safe, unsafe in logits(classifier)]
     assert 0 < sum(expected) < len(expected)
     done: list[int] = []
     assert judge.verdicts(PROMPTS, ANSWERS, done.append) == expected
@@ -81,16 +83,9 @@ def with_config(classifier: Path, folder: Path, **changes: Any) -> Path:
 
 
 def test_a_classifier_of_several_classes_at_once_is_asked_about_one(classifier: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForSequenceClassification
-
     folder = with_config(classifier, tmp_path, problem_type="multi_label_classification")
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), tiny_tokenizer()
     (judge,) = open_judges([f"classifier:{folder}"])
-    expected = []
-    with torch.no_grad():
-        for answer in ANSWERS:
-            logits = model(torch.tensor([tokenizer(answer)["input_ids"]])).logits
-            expected.append(bool(logits[0, 1].sigmoid() > 0.5))
+    expected = [bool(unsafe.sigmoid() > 0.5) for _, unsafe in logits(folder)]
     assert 0 < sum(expected) < len(expected)
     assert judge.verdicts(PROMPTS, ANSWERS) == expected
     assert open_judges([f"classifier:{classifier}"])[0].verdicts(PROMPTS, ANSWERS) != expected
