@@ -294,6 +294,7 @@ def test_the_same_bits_again_and_the_same_edit_by_micro_batches_of_any_size(sequ
     outcome, names = edited(sequences)
     assert "Beginning with detectors" in names
     again = edited(sequences)[0]
+    assert outcome.gain == again.gain > 0
     assert all(torch.equal(a.new, b.new) for a, b in zip(outcome.layers, again.layers, strict=True))
     for tokens in (1, 10_000):
         assert relative(outcome, edited(sequences, CONFIG.replace(micro_batch_tokens=tokens))[0]) < 1e-3
@@ -319,6 +320,7 @@ def test_the_steps_go_on_from_the_detectors(sequences):
 def test_where_there_are_none(changes, locality, sequences):
     outcome, names = edited(sequences, CONFIG.replace(**changes), locality)
     assert "Beginning with detectors" not in names
+    assert outcome.gain == 0
     assert all(torch.equal(part.new, part.old) for part in outcome.layers)
 
 

@@ -213,3 +213,21 @@ def test_patch_and_doctor() -> None:
     terminal.doctor(target, {"versions": {"torch": "2.x"}, "devices": ["cuda:0 A", "cpu"], "cache": "~/c"})
     assert "cuda:0 A, cpu" in printed(target)
     assert "Versions" in printed(target)
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        ({}, ""),
+        ({"gain": 0.0, "strength": 1.0}, ""),
+        ({"gain": 0.0, "strength": 1.5}, "; strength 1.5"),
+        ({"gain": 0.125, "strength": 1.0}, "; detectors' gain 0.125"),
+        ({"gain": 0.5, "strength": 3.0}, "; detectors' gain 0.5; strength 3"),
+    ],
+)
+def test_the_gain_and_the_strength_are_told_where_there_are_any(
+    found: dict[str, float], told: str, report: dict[str, Any]
+) -> None:
+    target = console(width=120)
+    terminal.losses(target, report["losses"] | found)
+    assert printed(target).rstrip().endswith(f"Stopped: all steps done{told}")
