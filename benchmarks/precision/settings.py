@@ -54,6 +54,7 @@ SETTINGS: dict[str, Setting] = {
     DRAFT: Setting(),
     "down only": Setting({"projections": ["down"]} | NO_DETECTORS),
     "random neurons": Setting({"score": "random"}),
+    "random neurons, 42 steps": Setting({"score": "random", "num_steps": 42}),
     "all neurons of the window": Setting({"k": ALL}),
     "LoRA of equal rank": Setting({"lr": 1e-3} | NO_DETECTORS, by="lora"),
     "dinm": Setting(preset="dinm"),
