@@ -255,7 +255,7 @@ def _opened(name: str, device: torch.device, requests: int, length: int) -> Iter
         with opened(name, requests=requests, length=length, dtype="bf16", device=str(device)) as on:
             yield on
         return
-    model = tiny_model("llama", dtype="bf16")
+    model = tiny_model("llama", dtype="bf16").to(device)
     with laid_out(model):
         structure = find_structure(model)
         yield Subject(structure, random_sequences(len(structure.head.weight), requests, length), [], 0)

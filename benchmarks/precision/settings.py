@@ -56,6 +56,7 @@ SETTINGS: dict[str, Setting] = {
     "random neurons": Setting({"score": "random"}),
     "random neurons, 42 steps": Setting({"score": "random", "num_steps": 42}),
     "all neurons of the window": Setting({"k": ALL}),
+    "all neurons, a sixth of the rate": Setting({"k": ALL, "lr": 1e-4}),  # it is some 6e-4 after detectors
     "LoRA of equal rank": Setting({"lr": 1e-3} | NO_DETECTORS, by="lora"),
     "dinm": Setting(preset="dinm"),
     "dinm-parity": Setting(preset="dinm-parity"),
