@@ -23,9 +23,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--extension", type=Path, metavar="FOLDER", help="test the pke_fast/_native that lies in this folder"
     )
+    parser.addoption("--pretended-gpu", action="store_true", help="there is a GPU, pretended_gpu's")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--pretended-gpu"):
+        from pretended_gpu import pretended_gpu
+
+        pretending = pretended_gpu()
+        pretending.__enter__()
+        config.add_cleanup(lambda: pretending.__exit__(None, None, None))
     folder = config.getoption("--extension")
     if folder is None:
         return

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -151,9 +152,9 @@ class Moves(TorchFunctionMode):
         if isinstance(func, torch._ops.OpOverload):  # torch asks for it, on the way back
             return func(*args, **kwargs)
         first, name = args[0] if args else None, getattr(func, "__name__", "")
+        if name in OPS and not isinstance(first, FakeTensor):  # a rehearsal's has no values
+            return _op(name, args, kwargs)
         if isinstance(first, OnCard):
-            if name in OPS:
-                return _op(name, args, kwargs)
             if func is Tensor.numpy:
                 raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu()")
             if func is Tensor.tolist:
@@ -165,6 +166,8 @@ class Moves(TorchFunctionMode):
             return _to(first, args[1:], kwargs)
         if func is Tensor.cpu:
             return _moved(first, HOST)
+        if func is Tensor.cuda:
+            return _moved(first, CARD)
         if func is Tensor.pin_memory:
             return first
         if func is Tensor.copy_ and isinstance(args[1], OnCard) and not isinstance(first, OnCard):
