@@ -53,6 +53,8 @@ SETTINGS: dict[str, Setting] = {
     DEFAULT: Setting(preset="pke", seeds=(0, 1, 2), thorough=True),
     DRAFT: Setting(),
     "down only": Setting({"projections": ["down"]} | NO_DETECTORS),
+    "100 neurons": Setting({"k": 100}),
+    "1,000 neurons": Setting({"k": 1000}),
     "random neurons": Setting({"score": "random"}),
     "random neurons, 42 steps": Setting({"score": "random", "num_steps": 42}),
     "all neurons of the window": Setting({"k": ALL}),
