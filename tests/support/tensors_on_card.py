@@ -27,6 +27,7 @@ _aten = torch.ops.aten
 _INDEXING = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default)
 _COPYING = (_aten.copy_.default, _aten._to_copy.default)
 _SIZE = "a size depends on values"
+_COPIED = "a tensor is copied from one to the other"  # unless that is asked for without waiting
 _WAITING = {
     _aten._local_scalar_dense.default: "a number is read",
     _aten.equal.default: "a number is read",
@@ -79,7 +80,7 @@ class OnCard(Tensor):
             waits.add(_WAITING[func])
         for index in args[1] if func in _INDEXING else ():
             if index is not None and (index.dtype == torch.bool or not isinstance(index, OnCard)):
-                waits.add(_SIZE if index.dtype == torch.bool else "an index is copied to the card")
+                waits.add(_SIZE if index.dtype == torch.bool else _COPIED)
         result = func(*lie_in(args), **lie_in(kwargs))
         written = _tensors((args, kwargs)) if func._schema.is_mutable else []
         known = {id(x.here): x for x in written if isinstance(x, OnCard)}
@@ -170,9 +171,11 @@ class Moves(TorchFunctionMode):
             return _moved(first, CARD)
         if func is Tensor.pin_memory:
             return first
-        if func is Tensor.copy_ and isinstance(args[1], OnCard) and not isinstance(first, OnCard):
-            waits.add("a tensor is copied to the host")
-            return first.copy_(args[1].here)
+        if func is Tensor.copy_ and isinstance(args[1], OnCard) != isinstance(first, OnCard):
+            if not (kwargs.get("non_blocking") or args[2:] == (True,)):
+                waits.add(_COPIED)
+            lie_in(first).copy_(lie_in(args[1]))
+            return first
         if kwargs.get("device") is not None:
             return _made(func, args, kwargs)
         return func(*args, **kwargs)
@@ -197,6 +200,8 @@ def _made(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     args, kwargs = lie_in((args, kwargs))
     if not is_card(device):
         return func(*args, **kwargs, device=device)
+    if func in (torch.tensor, torch.as_tensor):
+        waits.add(_COPIED)
     learns = kwargs.pop("requires_grad", False)
     return OnCard(func(*args, **kwargs)).requires_grad_(learns)
 
@@ -219,13 +224,13 @@ def _to(x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
 
 
 def _moved(x: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:
+    if is_card(device) == isinstance(x, OnCard):
+        return x if is_card(device) or device == HOST else x.to(device=str(device))
+    if not non_blocking:
+        waits.add(_COPIED)
     if is_card(device):
-        return x if isinstance(x, OnCard) else _ToCard.apply(x)
-    if isinstance(x, OnCard):
-        if not non_blocking:
-            waits.add("a tensor is copied to the host")
-        x = _ToHost.apply(x)
-    return x if device == HOST else x.to(device=str(device))
+        return _ToCard.apply(x)
+    return _moved(_ToHost.apply(x), device)
 
 
 class Made(TorchDispatchMode):
