@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pke_fast.ops import OPS, chosen_backend, implementation
+from pke_fast import ops
 
 CARD, HOST = torch.device("cuda", 0), torch.device("cpu")
 OURS = "/pke_fast/", "/kernels/"
@@ -153,7 +153,7 @@ class Moves(TorchFunctionMode):
         if isinstance(func, torch._ops.OpOverload):  # torch asks for it, on the way back
             return func(*args, **kwargs)
         first, name = args[0] if args else None, getattr(func, "__name__", "")
-        if name in OPS and not isinstance(first, FakeTensor):  # a rehearsal's has no values
+        if name in ops.OPS and not isinstance(first, FakeTensor):  # a rehearsal's has no values
             return _op(name, args, kwargs)
         if isinstance(first, OnCard):
             if func is Tensor.numpy:
@@ -184,8 +184,8 @@ class Moves(TorchFunctionMode):
 def _op(name: str, args: Any, kwargs: Mapping[str, Any]) -> Any:
     """One of this package's operations, in the form that it has on a card."""
     with Made(), Moves():
-        result = implementation(name, chosen_backend(name, *args))(*args, **kwargs)
-    for index in OPS[name].written:
+        result = ops.implementation(name, ops.chosen_backend(name, *args))(*args, **kwargs)
+    for index in ops.OPS[name].written:
         torch.autograd.graph.increment_version(args[index])
     return result
 
