@@ -8,14 +8,15 @@ from functools import partial
 
 import pytest
 import torch
-from pretended_gpu import pretended_gpu
 
 pytest.importorskip("triton.runtime.interpreter")
 if torch.cuda.is_available():
     pytest.skip("there is a real one", allow_module_level=True)
 
+from pretended_gpu import pretended_gpu
+
 import pke_fast
-from pke_fast import detectors
+from pke_fast import detectors, ops
 from pke_fast.config import PKEConfig
 from pke_fast.placement import device_of
 from pke_fast.requests import EditRequest, Pair
@@ -113,12 +114,20 @@ def test_the_published_method_is_the_same_on_the_card(edit, method):
         same(ours, edit(tiny_model("llama").to("cuda"), requests=REQUESTS[:3], config=config))
 
 
-def test_triton_kernels_do_the_whole_job(edit):
+def test_triton_kernels_do_the_whole_job(edit, monkeypatch):
+    chosen, ran = ops.chosen_backend, {}
+
+    def recorded(op, *args):
+        ran[op] = chosen(op, *args)
+        return ran[op]
+
     config = CONFIG.replace(backend="auto", num_steps=1, batch_size=1, locality_batch_size=1, prompt_tokens=0)
     some = {"requests": REQUESTS[:2], "locality": LOCALITY[:2], "config": config}
     ours = edit(tiny_model("llama"), **some)
+    monkeypatch.setattr(ops, "chosen_backend", recorded)
     with pretended_gpu():
         theirs = edit(tiny_model("llama").to("cuda"), **some)
+    assert {op for op, backend in ran.items() if backend != "triton"} == {"select_hotspots"}
     for one, other in zip(ours.patch.layers, theirs.patch.layers, strict=True):
         assert one.index.tolist() == other.index.tolist()
         torch.testing.assert_close(other.new, one.new, rtol=1e-3, atol=1e-5)
@@ -166,7 +175,7 @@ def test_answers_are_the_same_on_the_card():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["targets", "offload"])
-def test_the_gpu_benchmarks_run(tmp_path, monkeypatch, capsys, script):
+def test_the_gpu_benchmarks_run(tmp_path, monkeypatch, script):
     module = pytest.importorskip(script)
     monkeypatch.setenv("PKE_FAST_BACKEND", "reference")
     more = {"targets": ["--rounds", "1"], "offload": ["--without", "accelerate"]}[script]
