@@ -6,7 +6,7 @@ import importlib
 import os
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,16 +23,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--extension", type=Path, metavar="FOLDER", help="test the pke_fast/_native that lies in this folder"
     )
-    parser.addoption("--pretended-gpu", action="store_true", help="there is a GPU, pretended_gpu's")
+    parser.addoption(
+        "--pretended-gpu", action="store_true", help="run as if there were a GPU (tests/support/pretended_gpu.py)"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--pretended-gpu"):
         from pretended_gpu import pretended_gpu
 
-        pretending = pretended_gpu()
-        pretending.__enter__()
-        config.add_cleanup(lambda: pretending.__exit__(None, None, None))
+        pretending = ExitStack()
+        pretending.enter_context(pretended_gpu())
+        config.add_cleanup(pretending.close)
     folder = config.getoption("--extension")
     if folder is None:
         return
