@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from pke_fast.hotspots import HotSpots
     from pke_fast.loading import load_model
     from pke_fast.patch import Patch
-    from pke_fast.requests import EditRequest, Pair, read_pairs, read_prompts, read_requests
+    from pke_fast.requests import (
+        EditRequest,
+        Pair,
+        read_pairs,
+        read_prompts,
+        read_requests,
+        stream_pairs,
+        stream_requests,
+    )
     from pke_fast.scoring import Scores
 
 # Where each public name lives: torch and transformers are imported when one that needs them is first used.
@@ -47,6 +55,8 @@ _PUBLIC = {
     "read_prompts": "requests",
     "read_requests": "requests",
     "select": "backend",
+    "stream_pairs": "requests",
+    "stream_requests": "requests",
     "trace": "backend",
     "update": "backend",
 }
@@ -74,6 +84,8 @@ __all__ = [
     "read_prompts",
     "read_requests",
     "select",
+    "stream_pairs",
+    "stream_requests",
     "trace",
     "update",
 ]

@@ -1,4 +1,6 @@
-"""Files of prompts in the formats that people have, recognised by content and read as records.
+"""Files of prompts in the formats that people have, recognised by content and read as records, one after another.
+
+Of a file of lines (JSONL, CSV, plain text) no more than a record is held at a time; a JSON array is read whole.
 
 The suffix only decides what can't be told from the content: a .csv without a known column and a .json that isn't JSON
 are errors, where another file would be plain text. `pke_fast.requests` makes requests, pairs and prompts of records.
@@ -10,8 +12,9 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +66,7 @@ FORMATS = (
         },
     ),
 )
+_HALF = re.compile("[\ud800-\udfff]")  # of a character beyond U+FFFF, in UTF-16
 _PROMPT_KEYS = ", ".join(f"{form.keys['prompt']!r} ({form.name})" for form in FORMATS)
 _KNOWN = f"a JSON object or a CSV row with one of {_PROMPT_KEYS}, or plain text of one prompt a line"
 
@@ -95,7 +99,7 @@ def text_or_none(value: Any, where: str) -> str | None:
         return None
     if not isinstance(value, str):
         raise InputError(f"{where} has the wrong type", expected="text", got=f"{type(value).__name__} {value!r:.80}")
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if _HALF.search(value):
         raise InputError(
             f"{where} holds half of a character",
             expected="text that UTF-8 can express",
@@ -105,55 +109,80 @@ def text_or_none(value: Any, where: str) -> str | None:
     return value if value.strip() else None
 
 
-def read_records(path: str | Path) -> list[Record]:
-    """All records of a JSONL, JSON, CSV or plain text file, in order. The whole file is checked.
+def read_records(path: str | Path) -> Iterator[Record]:
+    """The records of a JSONL, JSON, CSV or plain text file, in order, each checked when its turn comes.
 
     Raises:
         InputError: the file can't be read, isn't text in UTF-8, is broken, or holds no record that we know.
     """
     path = Path(path)
-    text = _read_text(path)
-    start, suffix = text.lstrip()[:1], path.suffix.lower()
-    header = _header(text)
-    if start in ("{", "[") or suffix in (".json", ".jsonl"):
-        records = [_record(where, item) for where, item in _json_items(text, path)]
-    elif suffix in (".csv", ".tsv") or _is_table(header):
-        records = list(_table_records(text, path, header))
+    lines = _lines(path)
+    blank: list[str] = []
+    for first in lines:
+        if first.strip():
+            break
+        blank.append(first)
     else:
-        lines = enumerate(_lines(text), start=1)
-        records = [
-            Record(f"{path}, line {n}", {"prompt": line.strip()}, FORMATS[0]) for n, line in lines if line.strip()
-        ]
-    if not records:
+        count = sum(len(line.encode()) for line in blank)
+        raise InputError(f"{path} is empty", expected=_KNOWN, got=f"{count} bytes without content")
+    some = False
+    for record in _records(chain(blank, [first], lines), first, path):
+        some = True
+        yield record
+    if not some:
         raise InputError(f"{path} holds no records", expected=_KNOWN, got="no row or line with content")
-    return records
 
 
-def _read_text(path: Path) -> str:
+def _records(lines: Iterable[str], first: str, path: Path) -> Iterator[Record]:
+    """The records of a file's lines, of which `first` is the first that isn't blank."""
+    suffix, header = path.suffix.lower(), _header(first)
+    if first.lstrip()[0] in "{[" or suffix in (".json", ".jsonl"):
+        return (_record(where, item) for where, item in _json_items(lines, path))
+    if suffix in (".csv", ".tsv") or _is_table(header):
+        return _table_records(_cut(lines), path, header)
+    numbered = ((n, line.strip()) for n, line in enumerate(_cut(lines), start=1))
+    return (Record(f"{path}, line {n}", {"prompt": line}, FORMATS[0]) for n, line in numbered if line)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text file, each with its newline."""
     if path.is_dir():
         raise InputError(f"{path} is a folder", expected="a file", do="name a file inside it")
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            begun = 0
+            for number, data in enumerate(file, start=1):
+                text = _decoded(data, path, number, begun)
+                yield text if begun else text.removeprefix("\ufeff")
+                begun += len(data)
     except FileNotFoundError as error:
         raise InputError(f"no such file: {path}", expected=_KNOWN, do="check the path") from error
     except OSError as error:
         raise InputError(f"can't read {path}", got=error.strerror or str(error), do="check the file") from error
+
+
+def _decoded(data: bytes, path: Path, number: int, begun: int) -> str:
+    """The text of a line, before which so many bytes of the file have been."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        offset = error.start
+        at = error.start
     else:
-        offset = data.find(b"\0")  # UTF-16 without a mark decodes as UTF-8 full of NULs
-    if offset >= 0:
-        raise InputError(
-            f"{path} is not text in UTF-8",
-            expected="a text file in UTF-8, with or without a byte order mark",
-            got=f"byte 0x{data[offset]:02x} at byte offset {offset} (line {data.count(10, 0, offset) + 1})",
-            do="save it as UTF-8",
-        )
-    if not text.removeprefix("\ufeff").strip():
-        raise InputError(f"{path} is empty", expected=_KNOWN, got=f"{len(data)} bytes without content")
-    return text.removeprefix("\ufeff")
+        at = data.find(b"\0")  # UTF-16 without a mark decodes as UTF-8 full of NULs
+        if at < 0:
+            return text
+    raise InputError(
+        f"{path} is not text in UTF-8",
+        expected="a text file in UTF-8, with or without a byte order mark",
+        got=f"byte 0x{data[at]:02x} at byte offset {begun + at} (line {number})",
+        do="save it as UTF-8",
+    )
+
+
+def _cut(lines: Iterable[str]) -> Iterator[str]:
+    """The same lines, cut where a carriage return alone ends one."""
+    for line in lines:
+        yield from io.StringIO(line, newline="")
 
 
 def _record(where: str, item: Any) -> Record:
@@ -175,25 +204,31 @@ def _record(where: str, item: Any) -> Record:
     )
 
 
-def _json_items(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+def _json_items(lines: Iterable[str], path: Path) -> Iterator[tuple[str, Any]]:
     """(where, value) of a JSON array's items, of one JSON object, or of each line that isn't blank."""
-    first = text.lstrip().split("\n", 1)[0].rstrip()
-    try:
-        document = _loads(text, path, 1)
-    except InputError:
-        if first.startswith("[") or first == "{":
-            raise
-    else:
-        if isinstance(document, list):
-            yield from ((f"{path}, record {n}", item) for n, item in enumerate(document, start=1))
-        else:
-            blank = len(text) - len(text.lstrip())
-            yield f"{path}, line {text.count(chr(10), 0, blank) + 1}", document
-        return
     # Only \n ends a line of JSONL: JSON strings may hold U+2028 and others at which splitlines() would cut.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield f"{path}, line {number}", _loads(line, path, number)
+    numbered = enumerate(lines, start=1)
+    begun, first = next((number, line) for number, line in numbered if line.strip())
+    broken = None
+    if not first.lstrip().startswith("[") and first.strip() != "{":
+        try:
+            item = _loads(first.rstrip("\n"), path, begun)
+        except InputError as error:
+            broken = error  # unless it is an object over several lines
+        else:
+            yield f"{path}, line {begun}", item
+            for number, line in numbered:
+                if line.strip():
+                    yield f"{path}, line {number}", _loads(line.rstrip("\n"), path, number)
+            return
+    try:
+        document = _loads("".join([first, *(line for _, line in numbered)]), path, begun)
+    except InputError as error:
+        raise broken or error from None
+    if isinstance(document, list):
+        yield from ((f"{path}, record {n}", item) for n, item in enumerate(document, start=1))
+    else:
+        yield f"{path}, line {begun}", document
 
 
 def _loads(text: str, path: Path, line: int) -> Any:
@@ -214,13 +249,9 @@ def _loads(text: str, path: Path, line: int) -> Any:
     )
 
 
-def _lines(text: str) -> list[str]:
-    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-
-
-def _header(text: str) -> list[str]:
+def _header(first: str) -> list[str]:
     """The first line that isn't blank, as the cells of a CSV header, as written."""
-    line = next(line for line in _lines(text) if line.strip())
+    line = next(line for line in _cut([first]) if line.strip())
     try:
         return next(csv.reader([line]))
     except csv.Error:  # a line longer than the csv module takes as a cell
@@ -233,7 +264,7 @@ def _is_table(header: list[str]) -> bool:
     return any(form.keys["prompt"] in names for form in FORMATS) and not any(name[:1].isspace() for name in names)
 
 
-def _table_records(text: str, path: Path, header: list[str]) -> Iterator[Record]:
+def _table_records(lines: Iterable[str], path: Path, header: list[str]) -> Iterator[Record]:
     names = [name.strip().lower() for name in header]
     if not any(form.keys["prompt"] in names for form in FORMATS):
         raise InputError(
@@ -247,7 +278,7 @@ def _table_records(text: str, path: Path, header: list[str]) -> Iterator[Record]
     twice = sorted({name for name in names if name and names.count(name) > 1})
     if twice:
         raise InputError(f"{path}: a column is there twice", expected="each column once", got=_named(twice))
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows = csv.reader(lines, strict=True)
     headed = False
     while True:
         line = rows.line_num + 1

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,6 +72,8 @@ class EditRequest:
 def read_requests(path: str | Path, limit: int | None = None) -> list[EditRequest]:
     """The edit requests of a file, or the first `limit` of them. The file is checked to its end all the same.
 
+    `stream_requests` gives them one after another, of a file that is larger than memory.
+
     Formats: JSONL or a JSON array of {prompt, target_new, ground_truth, locality, case_id, category}, all but prompt
     optional; CSV with such columns; SafeEdit, AdvBench, HarmBench (its ContextString stands before the behaviour);
     plain text of one prompt a line. Other keys are ignored. `locality` is {prompt, ground_truth} (or answer), a list of
@@ -81,7 +84,12 @@ def read_requests(path: str | Path, limit: int | None = None) -> list[EditReques
     Raises:
         InputError: anything wrong with the file, naming it and the line, row or record; or limit < 1.
     """
-    return _first([_request(record) for record in read_records(path)], limit)
+    return list(stream_requests(path, limit))
+
+
+def stream_requests(path: str | Path, limit: int | None = None) -> Iterator[EditRequest]:
+    """The same as they are read: of JSONL, CSV and plain text one record is in memory at a time. Raises as it goes."""
+    return _first((_request(record) for record in read_records(path)), limit)
 
 
 def read_pairs(path: str | Path, limit: int | None = None) -> list[Pair]:
@@ -94,12 +102,17 @@ def read_pairs(path: str | Path, limit: int | None = None) -> list[Pair]:
         InputError: as `read_requests`; also for a record with a `target_new` and neither answer nor locality, because
             a prompt whose answer is to change can't be one that must not move.
     """
-    return _first([pair for record in read_records(path) for pair in _pairs_of(record)], limit)
+    return list(stream_pairs(path, limit))
+
+
+def stream_pairs(path: str | Path, limit: int | None = None) -> Iterator[Pair]:
+    """The same as they are read, as `stream_requests`."""
+    return _first((pair for record in read_records(path) for pair in _pairs_of(record)), limit)
 
 
 def read_prompts(path: str | Path, limit: int | None = None) -> list[str]:
     """The prompts alone of a file in any format of `read_requests`, or the first `limit`. Raises as that does."""
-    return _first([_record_prompt(record) for record in read_records(path)], limit)
+    return list(_first((_record_prompt(record) for record in read_records(path)), limit))
 
 
 def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
@@ -112,10 +125,12 @@ def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
         temporary.write_bytes(text.encode("utf-8"))
 
 
-def _first(items: list[T], limit: int | None) -> list[T]:
+def _first(items: Iterator[T], limit: int | None) -> Iterator[T]:
     if limit is not None and limit < 1:
         raise InputError(f"limit can't be {limit}", expected="at least 1, or none for the whole file", got=str(limit))
-    return items[:limit]
+    yield from islice(items, limit)
+    for _ in items:  # checked, not taken
+        pass
 
 
 def _prompt(value: Any, where: str) -> str:

@@ -35,6 +35,8 @@ NAMES = {
     "read_prompts",
     "read_requests",
     "select",
+    "stream_pairs",
+    "stream_requests",
     "trace",
     "update",
 }
@@ -94,7 +96,7 @@ def loaded():
         ({"tokenizer": None}, "tokenizer can't be used(.|\n)*got: NoneType"),
         ({"requests": "How to pick a lock"}, "requests can't be used(.|\n)*got: str 'How to"),
         ({"requests": REQUEST}, "requests can't be used(.|\n)*a list of EditRequest"),
-        ({"requests": (r for r in [REQUEST])}, "requests can't be used(.|\n)*got: generator"),
+        ({"requests": {REQUEST: 1, "Pick": 2}}, "item 1 of requests can't be used(.|\n)*got: str 'Pick'"),
         ({"requests": None}, "requests can't be used"),
         ({"requests": ["How to pick a lock"]}, "item 0 of requests can't be used(.|\n)*do: EditRequest"),
         ({"requests": [REQUEST, {"prompt": "x"}]}, "item 1 of requests can't be used(.|\n)*got: dict"),

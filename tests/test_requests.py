@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pke_fast.errors import InputError
-from pke_fast.requests import EditRequest, Pair, read_pairs, read_prompts, read_requests, write_pairs
+from pke_fast.requests import (
+    EditRequest,
+    Pair,
+    read_pairs,
+    read_prompts,
+    read_requests,
+    stream_requests,
+    write_pairs,
+)
 
 SAFE_EDIT = [
     {
@@ -214,6 +224,56 @@ def test_limit(write) -> None:
         for limit in (0, -1):
             with pytest.raises(InputError, match=f"limit can't be {limit}"):
                 reader(path, limit=limit)
+
+
+def rows(count: int) -> dict[str, str]:
+    """The same requests as files of lines."""
+    texts = [f"How do I forge stamp {n}? " + "Tell me. " * 20 for n in range(count)]
+    return {
+        "a.jsonl": jsonl(*({"prompt": text, "target_new": "No."} for text in texts)),
+        "a.csv": "prompt,target_new\n" + "".join(f'"{text}\n",No.\n' for text in texts),
+        "a.txt": "".join(f"{text}\n" for text in texts),
+    }
+
+
+@pytest.mark.parametrize("name", rows(0))
+def test_a_file_of_lines_is_never_in_memory_as_a_whole(write, name) -> None:
+    """Nor is one with a record that is broken: it is told when its turn comes."""
+    path = write(name, rows(5000)[name])
+    tracemalloc.start()
+    try:
+        count = sum(1 for _ in stream_requests(path))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (count, path.stat().st_size > 1_000_000) == (5000, True)
+    assert peak < 300_000
+
+
+def test_what_comes_before_a_broken_record_is_read(write) -> None:
+    stream = stream_requests(write("a.jsonl", jsonl({"prompt": "a"}, {"prompt": "b"}) + "{"))
+    assert [next(stream), next(stream)] == [EditRequest("a"), EditRequest("b")]
+    with pytest.raises(InputError, match="line 3: broken JSON"):
+        next(stream)
+
+
+def test_a_file_that_can_be_read_once_alone(write) -> None:
+    """A pipe, as of the shell's <(command)."""
+    reading, writing = os.pipe()
+    os.write(writing, jsonl({"prompt": "a"}, {"prompt": "b"}).encode())
+    os.close(writing)
+    try:
+        assert read_prompts(f"/dev/fd/{reading}") == ["a", "b"]
+    finally:
+        os.close(reading)
+
+
+def test_lone_carriage_returns_end_lines(write) -> None:
+    assert read_prompts(write("a.txt", "a\rb\r\nc\n")) == ["a", "b", "c"]
+    assert read_requests(write("a.csv", "prompt,target_new\ra,n\rb,m\r")) == [
+        EditRequest("a", "n"),
+        EditRequest("b", "m"),
+    ]
 
 
 def test_write_pairs_is_read_back(tmp_path) -> None:
