@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from pke_fast import dinm, editing, summary
 from pke_fast.config import PKEConfig
+from pke_fast.drawn import Drawn, draw_for
 from pke_fast.editing import Outcome
 from pke_fast.evaluation import Evaluation, evaluate_model
 from pke_fast.files import atomic_folder
 from pke_fast.foretelling import foretell
 from pke_fast.generation import TOKENS_AT_ONCE
 from pke_fast.hotspots import HotSpots
-from pke_fast.inputs import check_evaluation, check_job
+from pke_fast.inputs import check_evaluation, check_job, checked_items
 from pke_fast.locating import Located, check_fits, locate_hot_spots
 from pke_fast.patch import Patch
 from pke_fast.plan import Load, Plan
@@ -99,7 +100,8 @@ class LocateResult:
     Attributes:
         located: score map, hot spots and scores.
         window: the layers in which hot spots were sought.
-        requests, already_refused, locality: how many of each.
+        asked: how many requests came.
+        requests, already_refused, locality: how many of each, where they were drawn (`drawn`) of those.
         stages: seconds and peak memory.
         plan: how it was run, with the memory foretold and measured.
         resume: the state that was kept meanwhile; it ends with `write`.
@@ -108,6 +110,7 @@ class LocateResult:
 
     located: Located
     window: tuple[int, int]
+    asked: int
     requests: int
     already_refused: int
     locality: int
@@ -137,10 +140,10 @@ class LocateResult:
 def edit(
     model: Any,
     tokenizer: Any,
-    requests: Sequence[EditRequest],
+    requests: Iterable[EditRequest],
     config: PKEConfig | None = None,
     *,
-    locality: Sequence[Pair] | None = None,
+    locality: Iterable[Pair] | None = None,
     stages: Stages | None = None,
     name: str | None = None,
     source: str = "given",
@@ -158,10 +161,11 @@ def edit(
     Args:
         model: a decoder-only causal language model of transformers, in fp32, bf16 or fp16.
         tokenizer: its tokenizer; its chat template is used where it has one.
-        requests: harmful prompts; what they leave out is filled in (`EditRequest`).
+        requests: harmful prompts; what they leave out is filled in (`EditRequest`). Of more than the edit can come to
+            by its settings, so many are drawn by the seed; of a generator the others aren't kept.
         config: settings; the defaults are for method ``pke``.
-        locality: benign pairs that must not move; by default the model's own answers to the shipped prompts, and then
-            shipped harmful requests join the given ones (`PKEConfig.companions`).
+        locality: benign pairs that must not move, drawn in the same way; by default the model's own answers to the
+            shipped prompts, and then shipped harmful requests join the given ones (`PKEConfig.companions`).
         stages: for progress bars and measurements of one's own.
         name, source: what model and requests are called in the report.
         samples: of how many prompts of each kind the report shows the answers before and after.
@@ -184,16 +188,17 @@ def edit(
         InputError: the model, a request or a setting can't be used; the model is unchanged.
         EditError: the edit failed on the way, as by a loss that became NaN; the weights were put back.
     """
-    check_job(model, tokenizer, requests, config, locality, memory_budget, held_out)
+    check_job(model, tokenizer, config, memory_budget, held_out)
     config = config or PKEConfig()
+    drawn, pairs = _drawn(requests, locality, config, edits=True)
     keeping = partial(Resume, resume, minutes=resume_minutes)
     with workbench(model, tokenizer, config, stages, name, ranks=ranks, device=device) as bench:
         facts = summary.model_facts(bench)
         check_fits(bench.structure, bench.config)
         plan, bench = _planned(
             bench,
-            requests,
-            locality,
+            drawn,
+            pairs,
             memory_budget,
             offload_folder,
             keeping,
@@ -201,7 +206,7 @@ def edit(
             samples=samples,
             held_out=held_out,
         )
-        job = prepare(bench, requests, locality, held_out)
+        job = prepare(bench, drawn, pairs, held_out)
         shown = [("harmful", r.prompt) for r in job.requests[:samples]]
         shown += [("benign", p.prompt) for p in job.locality[:samples]]
         before = _answers(bench, shown, "Answering a few prompts before")
@@ -248,10 +253,10 @@ def _run(bench: Workbench, job: Job, located: Located) -> Outcome:
 def locate(
     model: Any,
     tokenizer: Any,
-    requests: Sequence[EditRequest],
+    requests: Iterable[EditRequest],
     config: PKEConfig | None = None,
     *,
-    locality: Sequence[Pair] | None = None,
+    locality: Iterable[Pair] | None = None,
     compare: Any = None,
     stages: Stages | None = None,
     name: str | None = None,
@@ -272,23 +277,32 @@ def locate(
     Raises:
         InputError: the model, a request or a setting can't be used.
     """
-    check_job(model, tokenizer, requests, config, locality, memory_budget, compare=compare)
+    check_job(model, tokenizer, config, memory_budget, compare=compare)
     config = config or PKEConfig()
+    drawn, pairs = _drawn(requests, locality, config, edits=False)
     keeping = partial(Resume, resume, minutes=resume_minutes)
     with workbench(model, tokenizer, config, stages, name, ranks=ranks, device=device) as bench:
         moved = None if compare is None else _drift_to(compare, bench)
         compare = None  # let go, as far as it is ours
         check_fits(bench.structure, bench.config)
-        plan, bench = _planned(bench, requests, locality, memory_budget, offload_folder, keeping, edits=False)
-        job = prepare(bench, requests, locality)
+        plan, bench = _planned(bench, drawn, pairs, memory_budget, offload_folder, keeping, edits=False)
+        job = prepare(bench, drawn, pairs)
         located = locate_hot_spots(bench, job, drift=moved)
         known = foretell(bench, job) if bench.ranks.first else None
         window = config.layer_window(len(bench.structure.layers))
         bench.ranks.wait()  # the first rank's write removes what the others may still read
-        counts = len(job.requests), job.already_refused, len(job.locality)
+        counts = job.asked, len(job.requests), job.already_refused, len(job.locality)
         return LocateResult(
             located, window, *counts, bench.stages, summary.plan_facts(plan, bench), bench.resume, known
         )
+
+
+def _drawn(
+    requests: Iterable[EditRequest], locality: Iterable[Pair] | None, config: PKEConfig, *, edits: bool
+) -> tuple[Drawn[EditRequest], Drawn[Pair] | None]:
+    """As many of either as the job comes to, each looked at."""
+    pairs = None if locality is None else checked_items("locality", locality, Pair)
+    return draw_for(config, checked_items("requests", requests, EditRequest), pairs, edits=edits)
 
 
 def _drift_to(compare: Any, bench: Workbench) -> Tensor:
@@ -298,8 +312,8 @@ def _drift_to(compare: Any, bench: Workbench) -> Tensor:
 
 def _planned(
     bench: Workbench,
-    requests: Sequence[EditRequest],
-    locality: Sequence[Pair] | None,
+    requests: Drawn[EditRequest],
+    locality: Drawn[Pair] | None,
     budget: int | None,
     offload_folder: str | Path | None,
     keeping: Callable[..., Resume],

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -11,6 +11,8 @@ from pke_fast.config import PKEConfig
 from pke_fast.errors import InputError
 from pke_fast.loading import LoadedModel
 from pke_fast.requests import EditRequest, Pair
+
+T = TypeVar("T")
 
 _MADE = {
     EditRequest: "EditRequest(prompt) makes one, read_requests(path) a list of them",
@@ -22,20 +24,15 @@ _MADE = {
 def check_job(
     model: Any,
     tokenizer: Any,
-    requests: Any,
     config: Any,
-    locality: Any,
     memory_budget: Any,
     held_out: Any = (),
     compare: Any = None,
 ) -> None:
-    """Raises InputError where an argument of `edit` or `locate` is of a wrong kind."""
+    """Raises InputError where an argument of `edit` or `locate`, but for requests and pairs, is of a wrong kind."""
     check_model(model)
     check_tokenizer(tokenizer)
     _check_config(config)
-    check_items("requests", requests, EditRequest)
-    if locality is not None:
-        check_items("locality", locality, Pair)
     check_items("held_out", held_out, str)
     whole = isinstance(memory_budget, int) and not isinstance(memory_budget, bool)
     if memory_budget is not None and not (whole and memory_budget > 0):
@@ -90,12 +87,36 @@ def check_items(name: str, value: Any, kind: type, what: str | None = None) -> N
     Args:
         what: the items, in words.
     """
+    if not isinstance(value, Sequence):
+        raise _not_items(name, value, kind, what)
+    checked_items(name, value, kind, what)
+
+
+def checked_items(name: str, value: Iterable[T], kind: type[T], what: str | None = None) -> Iterable[T]:
+    """The items of anything that can be gone through; those of a sequence are checked now, others as they come.
+
+    Raises:
+        InputError: as of `check_items`.
+    """
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise _not_items(name, value, kind, what)
+
+    def items() -> Iterator[T]:
+        for index, item in enumerate(value):
+            if not isinstance(item, kind):
+                raise _not_items(f"item {index} of {name}", item, kind, what)
+            yield item
+
+    if not isinstance(value, Sequence):
+        return items()
+    for _ in items():
+        pass
+    return value
+
+
+def _not_items(name: str, value: Any, kind: type, what: str | None) -> InputError:
     expected, do = f"a list of {what or kind.__name__}", _MADE.get(kind)
-    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
-        raise InputError(f"{name} can't be used", expected=expected, got=shown(value), do=do)
-    for index, item in enumerate(value):
-        if not isinstance(item, kind):
-            raise InputError(f"item {index} of {name} can't be used", expected=expected, got=shown(item), do=do)
+    return InputError(f"{name} can't be used", expected=expected, got=shown(value), do=do)
 
 
 def shown(value: Any) -> str:

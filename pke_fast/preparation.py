@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from pke_fast import shipped
 from pke_fast.config import PKEConfig
+from pke_fast.drawn import drawn_of
 from pke_fast.encoding import Encoded, PromptEncoder
 from pke_fast.errors import InputError, PKEError
 from pke_fast.files import cache_folder
@@ -36,7 +37,7 @@ class Job:
 
     Attributes:
         requests: those that the model doesn't refuse yet.
-        asked: how many requests came.
+        asked: how many requests came, drawn or not.
         already_refused: how many were left out because the model refuses them, or says nothing at all.
         locality: benign pairs.
         locality_source: where they came from, in words.
@@ -104,11 +105,12 @@ def prepare(
     if given:
         for pair in given:
             bench.encoder.prompt_ids(pair.prompt)
-        return Job(tuple(complete), len(requests), refused, tuple(_answered(bench, given)), "given")
+        source = "given" if locality is None else _drawn(locality)
+        return Job(tuple(complete), drawn_of(requests), refused, tuple(_answered(bench, given)), source)
     companions = _companions(bench.encoder, bench.config, complete, held_out)
     return Job(
         tuple(complete),
-        len(requests),
+        drawn_of(requests),
         refused,
         tuple(_shipped_pairs(bench)),
         "the model's own answers to the shipped benign prompts",
@@ -188,6 +190,12 @@ def _held(encoder: PromptEncoder, sequences: Sequence[Encoded], most: int, seeds
 def _together(requests: Sequence[EditRequest], companions: Sequence[EditRequest]) -> tuple[EditRequest, ...]:
     repeat = max(1, round(len(companions) / COMPANIONS / len(requests)))
     return (*tuple(requests) * repeat, *companions)
+
+
+def _drawn(locality: Sequence[Pair]) -> str:
+    """Where given pairs came from."""
+    count, of = len(locality), drawn_of(locality)
+    return "given" if count == of else f"{count:,} drawn of {of:,} given"
 
 
 def _given(requests: Sequence[EditRequest], locality: Sequence[Pair] | None) -> list[Pair]:

@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from pke_fast.changed import changed_words
 from pke_fast.files import atomic_write
-from pke_fast.wording import by_group, commands, comparison, duration, headlines, number, percent, size, summary
+from pke_fast.wording import (
+    by_group,
+    commands,
+    comparison,
+    duration,
+    headlines,
+    not_drawn,
+    number,
+    percent,
+    size,
+    summary,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -220,6 +231,8 @@ def _facts(report: Mapping[str, Any]) -> dict[str, str]:
             f"{requests['source']}: {requests['n']:,}, of which {requests['used']:,} used"
             f" and {requests['already_refused']:,} left out as refused already"
         )
+        if others := not_drawn(requests):
+            facts["requests"] += f"; {others:,} not drawn, since the settings come to no more"
     if locality:
         facts["locality pairs"] = f"{locality['source']}: {locality['n']:,}"
     return facts

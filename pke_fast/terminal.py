@@ -22,7 +22,7 @@ from pke_fast.console import (
     wrapped,
 )
 from pke_fast.report import redacted
-from pke_fast.wording import by_group, commands, comparison, duration, number, percent, size, summary
+from pke_fast.wording import by_group, commands, comparison, duration, not_drawn, number, percent, size, summary
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,11 +37,13 @@ def edit_summary(console: Console, report: Mapping[str, Any], folder: Path, *, r
     """All that an edit found out, in the order in which one asks; warnings come last, where they are seen."""
     heading(console, "Done")
     show_text(console, summary(report), indent=2)
-    refused = (report.get("requests") or {}).get("already_refused")
-    if refused:
+    requests = report.get("requests") or {}
+    if refused := requests.get("already_refused"):
         show_text(console, f"{refused:,} requests were left out: the model refuses them already.", indent=2)
-    held = (report.get("requests") or {}).get("held_out")
-    if held:
+    if others := not_drawn(requests):
+        drawn = f"{others:,} requests were not drawn, and cost nothing: by its settings the edit comes to no more."
+        show_text(console, drawn, indent=2)
+    if held := requests.get("held_out"):
         show_text(console, f"{held:,} requests were held out of the edit, to measure it.", indent=2)
     evaluated = report.get("evaluation")
     if evaluated:

@@ -150,6 +150,12 @@ def summary(report: Mapping[str, Any]) -> str:
     return text + "."
 
 
+def not_drawn(requests: Mapping[str, Any]) -> int:
+    """Of a report's requests, how many the job didn't come to by its settings."""
+    count = int(requests.get("n", 0))
+    return max(0, count - int(requests.get("used", count)) - int(requests.get("already_refused", 0)))
+
+
 def by_group(lines: Sequence[Measure]) -> dict[str, list[Measure]]:
     groups: dict[str, list[Measure]] = {}
     for line in lines:

@@ -18,8 +18,10 @@ from pke_fast import shipped, terminal
 from pke_fast.budget import parse_bytes
 from pke_fast.cli.common import console_of, finish, settings_of, tell_another_base
 from pke_fast.cli.outputs import check_out, write_edit
-from pke_fast.cli.unseen import HELD_OUT, Unseen, harmless, hold_out
+from pke_fast.cli.reading import read_for
+from pke_fast.cli.unseen import HELD_OUT, MOST, Unseen, harmless, hold_out
 from pke_fast.config import PKEConfig
+from pke_fast.drawn import Drawn, draw_for, drawn_of
 from pke_fast.errors import InputError
 from pke_fast.evaluating.shown import foretold
 from pke_fast.files import check_room
@@ -27,13 +29,8 @@ from pke_fast.loading import LoadedModel, load_model, resolve_device
 from pke_fast.ranks import ALONE, Ranks, joined, local_device, ranks_started
 from pke_fast.readers import text_or_none
 from pke_fast.report import as_json
-from pke_fast.requests import EditRequest, Pair, read_pairs, read_requests
+from pke_fast.requests import EditRequest, Pair
 from pke_fast.stages import Stages
-
-
-def _inputs(options: Namespace) -> tuple[list[EditRequest], list[Pair] | None]:
-    requests = read_requests(options.requests, options.limit)
-    return requests, read_pairs(options.locality, options.limit) if options.locality else None
 
 
 def _load(options: Namespace) -> LoadedModel:
@@ -96,7 +93,7 @@ def edit(options: Namespace) -> None:
     from pke_fast import engine
 
     config = settings_of(options)
-    requests, locality = _inputs(options)
+    requests, locality = read_for(options, config, edits=True, beside=MOST)
     check_out(options)
     conditions = _conditions(options)
     loaded = _load_for(conditions, options)
@@ -159,8 +156,8 @@ def _share_held_out(options: Namespace, conditions: dict[str, Any], loaded: Load
 def _would_do(
     loaded: LoadedModel,
     config: PKEConfig,
-    requests: list[EditRequest],
-    locality: list[Pair] | None,
+    requests: Drawn[EditRequest],
+    locality: Drawn[Pair] | None,
     conditions: dict[str, Any],
 ) -> dict[str, Any]:
     """What an edit would do, after all that can be checked without doing it."""
@@ -170,6 +167,7 @@ def _would_do(
     from pke_fast.preparation import lengths
     from pke_fast.workbench import workbench
 
+    requests, locality = draw_for(config, requests, locality, edits=True)  # those beside were for holding out
     with workbench(loaded.model, loaded.tokenizer, config, name=loaded.name) as bench:
         structure = bench.structure
         for prompt in [r.prompt for r in requests] + [p.prompt for p in locality or []]:
@@ -187,6 +185,7 @@ def _would_do(
             "neurons": len(structure.layers) * structure.neurons,
             "window": [first, end],
             "k": config.k if config.method == "pke" else structure.neurons,
+            "requests given": drawn_of(requests),
             "requests": len(requests),
             "without unsafe answer": sum(not request.ground_truth for request in requests),
             "locality": len(locality) if locality is not None else "the shipped prompts",
@@ -200,7 +199,7 @@ def locate(options: Namespace) -> None:
     from pke_fast import engine
 
     config = settings_of(options)
-    requests, locality = _inputs(options)
+    requests, locality = read_for(options, config, edits=False)
     check_out(options)
     conditions = _conditions(options)
     loaded = _load_for(conditions, options)
@@ -228,7 +227,8 @@ def locate(options: Namespace) -> None:
     terminal.stages(console, [vars(stage) for stage in result.stages.done])
     terminal.plan(console, result.plan)
     terminal.files(console, Path(options.out), files)
-    counts = {"requests": result.requests, "already_refused": result.already_refused, "locality": result.locality}
+    counts = {"asked": result.asked, "requests": result.requests}
+    counts |= {"already_refused": result.already_refused, "locality": result.locality}
     finish(options, {**summary, **counts, "probe": result.probe, "plan": result.plan, "files": files})
 
 

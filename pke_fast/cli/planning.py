@@ -7,6 +7,7 @@ from argparse import Namespace
 from pke_fast import terminal
 from pke_fast.budget import free_bytes, parse_bytes
 from pke_fast.cli.common import console_of, finish, settings_of
+from pke_fast.cli.reading import read_for
 from pke_fast.encoding import PromptEncoder
 from pke_fast.loading import context_length, load_outline
 from pke_fast.locating import check_fits
@@ -15,15 +16,13 @@ from pke_fast.planner import Planner
 from pke_fast.planning import REACHED, copy_rate, matmul_rate, offloading, waits_on_host
 from pke_fast.preparation import lengths
 from pke_fast.rehearsal import twin_of_config
-from pke_fast.requests import read_pairs, read_requests
 from pke_fast.stages import PeakMemory, Stages
 
 
 def plan(options: Namespace) -> None:
     """Reads the configuration and the tokenizer alone, rehearses, prints."""
     config = settings_of(options)
-    requests = read_requests(options.requests, options.limit)
-    locality = read_pairs(options.locality, options.limit) if options.locality else None
+    requests, locality = read_for(options, config, edits=not options.locate_only)
     outline = load_outline(options.model, options.device, options.dtype)
     encoder = PromptEncoder(outline.tokenizer, config, context_length(outline))
     with Stages().stage("Rehearsing the job without data"):

@@ -9,6 +9,7 @@ from typing import Any
 
 from pke_fast import engine, shipped
 from pke_fast.config import PKEConfig
+from pke_fast.drawn import Drawn, drawn_of
 from pke_fast.evaluating.paired import differences
 from pke_fast.evaluation import Evaluation, by_category
 from pke_fast.judges import JUDGES
@@ -21,7 +22,7 @@ HELD_OUT = 0.1  # share of the requests, where nothing is said
 MOST = 48  # requests that are held out of an edit: more would measure more finely, and teach it less
 
 
-def hold_out(requests: Sequence[EditRequest], share: float, seed: int) -> tuple[list[EditRequest], list[EditRequest]]:
+def hold_out(requests: Sequence[EditRequest], share: float, seed: int) -> tuple[Drawn[EditRequest], list[EditRequest]]:
     """The requests to edit on, and a share that is held out, drawn by the seed; both in the order that they came in.
 
     A prompt that comes several times is on one side alone, and counts once.
@@ -31,7 +32,8 @@ def hold_out(requests: Sequence[EditRequest], share: float, seed: int) -> tuple[
     sides: tuple[list[EditRequest], list[EditRequest]] = ([], [])
     for request in requests:
         sides[request.prompt in held].append(request)
-    return sides
+    rest, kept_out = sides
+    return Drawn(rest, drawn_of(requests) - len(kept_out)), kept_out
 
 
 def harmless(limit: int | None = None) -> list[str]:

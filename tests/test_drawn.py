@@ -1,0 +1,170 @@
+"""Of many requests a job comes to some, drawn in one pass; the others are neither kept nor asked about."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections import Counter
+
+import pytest
+import torch
+
+import pke_fast
+from pke_fast.cli import main
+from pke_fast.config import PKEConfig
+from pke_fast.drawn import PROBED, draw, draw_for, drawn_of
+from pke_fast.requests import EditRequest, Pair
+from pke_fast.testing import LAYERS, tiny_model, tiny_tokenizer
+from pke_fast.workbench import Workbench
+
+CONFIG = PKEConfig(
+    k=10,
+    num_steps=2,
+    batch_size=2,
+    locality_batch_size=2,
+    window=(0, LAYERS),
+    locality_tokens=3,
+    unsafe_tokens=3,
+    score_requests=3,
+    score_pairs=3,
+    prompt_tokens=0,
+    detectors=False,
+)
+MANY = 40
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PKE_FAST_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def four(monkeypatch):
+    """An edit comes to four requests and four pairs: two steps of two."""
+    monkeypatch.setattr("pke_fast.trainer.SAMPLE", 1)
+
+
+def many():
+    return (EditRequest(f"Break lock {n}", "Never.") for n in range(MANY))
+
+
+def pairs():
+    return (Pair(f"Bake cake {n}") for n in range(MANY))
+
+
+def test_no_more_than_there_are_come_as_they_came():
+    assert draw("abc", 3, 0) == draw("abc", 9, 0) == draw("abc", None, 0) == ["a", "b", "c"]
+    assert draw([], 3, 0) == []
+
+
+def test_a_drawing_keeps_the_order_and_depends_on_the_seed_alone():
+    drawn = draw(range(1000), 10, 0)
+    assert (len(drawn), drawn) == (10, sorted(set(drawn)))
+    assert drawn == draw(iter(range(1000)), 10, 0) != draw(range(1000), 10, 1)
+
+
+def test_every_item_is_as_likely_as_any_other():
+    drawings = 4000
+    found = Counter(item for seed in range(drawings) for item in draw(range(20), 5, seed))
+    expected, deviation = drawings / 4, (drawings * 0.25 * 0.75) ** 0.5
+    assert set(found) == set(range(20))
+    assert all(abs(count - expected) < 4 * deviation for count in found.values())
+
+
+def test_it_is_remembered_how_many_there_were():
+    drawn = draw(range(1000), 10, 0)
+    again = draw(drawn, 4, 0)
+    assert (drawn.of, again.of, drawn_of(again), drawn_of([1, 2])) == (1000, 1000, 1000, 2)
+    assert set(again) < set(drawn)
+
+
+def test_a_drawing_holds_no_more_than_it_keeps():
+    class Item:
+        pass
+
+    alive: weakref.WeakSet[Item] = weakref.WeakSet()
+    most = 0
+
+    def stream():
+        nonlocal most
+        for _ in range(1000):
+            item = Item()
+            alive.add(item)
+            yield item
+            del item
+            most = max(most, len(alive))
+
+    assert len(draw(stream(), 5, 0)) == 5
+    assert most <= 6  # the one that came last too
+
+
+def test_what_a_job_comes_to_follows_from_its_settings():
+    def counts(config, edits):
+        requests, locality = draw_for(config, range(9999), range(9999), edits=edits)
+        return len(requests), len(locality)
+
+    assert counts(PKEConfig(), True) == (2064, 2064)  # 2,048 that detectors are made from, in whole minibatches
+    assert counts(PKEConfig(), False) == (PROBED, PROBED)
+    assert counts(PKEConfig(detectors=False), True) == (16 * 24, 16 * 48)
+    assert counts(PKEConfig(batch_size=100, num_steps=60), True)[0] == 6000
+    assert counts(PKEConfig(score_requests=3000, score_pairs=4000), False) == (3000, 4000)
+    for method in ("dinm", "dinm-parity"):
+        assert counts(PKEConfig(method=method), True) == (9999, 9999)
+    requests, locality = draw_for(PKEConfig(), range(9999), None, edits=True, beside=7)
+    assert (len(requests), locality) == (2064 + 7, None)
+
+
+def test_an_edit_of_a_stream_asks_about_those_it_comes_to_alone(four, monkeypatch):
+    """The same edit as of the list: some requests and pairs are drawn, and the model is asked about no other."""
+    asked = []
+    answers = Workbench.answers
+
+    def listening(self, prompts, tokens, doing):
+        asked.append((doing, len(prompts)))
+        return answers(self, prompts, tokens, doing)
+
+    monkeypatch.setattr(Workbench, "answers", listening)
+    results = []
+    for requests, locality in ((many(), pairs()), (list(many()), list(pairs()))):
+        model = tiny_model("llama")
+        result = pke_fast.edit(model, tiny_tokenizer(), requests, CONFIG, locality=locality, samples=0)
+        results.append(result)
+        told = result.report["requests"]
+        assert (told["n"], told["used"] + told["already_refused"]) == (MANY, 4)
+        assert result.report["locality"]["source"] == f"4 drawn of {MANY} given"
+    assert asked == [("Asking for unsafe answers", 4), ("Asking for benign answers", 4)] * 2
+    for one, other in zip(results[0].patch.layers, results[1].patch.layers, strict=True):
+        assert torch.equal(one.new, other.new)
+    prompts = {drawn.prompt for drawn in draw(many(), 4, CONFIG.seed)}
+    assert prompts != {request.prompt for request in list(many())[:4]}
+
+
+def test_locating_comes_to_those_that_it_probes(monkeypatch):
+    monkeypatch.setattr("pke_fast.drawn.PROBED", 5)
+    found = pke_fast.locate(tiny_model("llama"), tiny_tokenizer(), many(), CONFIG, locality=pairs())
+    assert (found.asked, found.requests + found.already_refused, found.locality) == (MANY, 5, 5)
+
+
+def test_the_report_and_the_terminal_tell_what_was_not_drawn(four, tmp_path, capsys):
+    """Requests that are held out come beside those that are drawn for the edit."""
+    model = tmp_path / "model"
+    tiny_model("llama").save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    file = tmp_path / "requests.jsonl"
+    file.write_text("".join(json.dumps({"prompt": r.prompt, "ground_truth": "Sure"}) + "\n" for r in many()))
+    settings = [f"{name}={getattr(CONFIG, name)}" for name in ("k", "num_steps", "batch_size", "locality_batch_size")]
+    settings += ["window=[0, 3]", "detectors=false", "score_requests=3", "score_pairs=3", "companions=0"]
+    settings += ["shipped_pairs=8", "locality_tokens=3"]
+    given = ["--model", str(model), "--requests", str(file), *(part for s in settings for part in ("--set", s))]
+    assert main(["edit", *given, "--out", str(tmp_path / "out"), "--held-out", "0.1"]) == 0
+    shown = capsys.readouterr().out
+    told = json.loads((tmp_path / "out" / "report.json").read_text())["requests"]
+    held = told["held_out"]
+    assert (held > 0, told["n"], told["used"]) == (True, MANY - held, 4)
+    assert f"{MANY - held - 4} requests were not drawn" in shown
+    assert f"{MANY - held - 4} not drawn" in (tmp_path / "out" / "report.html").read_text()
+    assert main(["edit", *given, "--out", str(tmp_path / "dry"), "--dry-run", "--json"]) == 0
+    would = json.loads(capsys.readouterr().out)
+    assert (would["requests given"] + would["held out"], would["requests"]) == (MANY, 4)
+    assert main(["plan", *given, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["requests"] == 4
