@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pke_fast.kernels import products
 from pke_fast.kernels.checks import FLOATS, require, same_device
 
 CHUNK_ELEMENTS = 1 << 21  # of a chunk's logits in fp32: 8 MiB, so [N, V] never exists
@@ -13,7 +14,7 @@ LEAST_ROWS = 32  # positions at a time, however large the vocabulary: the head i
 
 def logits_of(hidden: Tensor, head: Tensor, bias: Tensor | None, scale: float, soft_cap: float) -> Tensor:
     """Logits in fp32: soft_cap * tanh(scale * (hidden @ head^T + bias) / soft_cap); soft_cap 0 means none."""
-    logits = torch.nn.functional.linear(hidden, head, bias).float()
+    logits = products.linear(hidden, head, bias).float()
     if scale != 1.0:
         logits = logits * scale
     return torch.tanh(logits / soft_cap).mul_(soft_cap) if soft_cap else logits
@@ -67,7 +68,7 @@ def reference(
             d_logits = log_p.exp_().sub_(p_base)
             del log_base, p_base
         d_logits.mul_(weights[part, None]).mul_(slope)
-        grad[part] = d_logits.to(head.dtype) @ head
+        grad[part] = products.matmul(d_logits.to(head.dtype), head)
         del log_p, d_logits
     return losses, grad
 

@@ -8,10 +8,13 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from pke_fast.half_products import fast_half_products
+
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, each of its modules in its own mode again afterwards; attention is never cuDNN's.
+    """The model in eval mode, each of its modules in its own mode again afterwards; attention is never cuDNN's, and
+    a CPU without instructions for half precision multiplies in fp32 (`half_products`).
 
     On Hopper and newer torch prefers cuDNN's, which makes a plan for every new shape, where micro-batches have
     hundreds, and whose gradient was NaN for some widths beside a mask (pytorch issue 196678).
@@ -21,7 +24,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     try:
         torch.backends.cuda.enable_cudnn_sdp(False)
         model.eval()
-        yield
+        with fast_half_products(model):
+            yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(with_cudnn)
         for module, training in modes:

@@ -13,6 +13,7 @@ import torch
 from pke_fast.budget import free_bytes
 from pke_fast.config import PKEConfig
 from pke_fast.errors import InputError
+from pke_fast.kernels import products
 from pke_fast.mapped import mapped_bytes
 from pke_fast.placement import is_spread
 from pke_fast.plan import ALL_THERE, Load, Plan, Residence
@@ -152,7 +153,7 @@ def matmul_rate(device: str, dtype: torch.dtype, hidden: int, neurons: int) -> f
     seed = torch.Generator(device).manual_seed(0)
     left = torch.randn(PREFERRED["cpu"], hidden, generator=seed, dtype=dtype, device=device)
     right = torch.randn(hidden, neurons, generator=seed, dtype=dtype, device=device)
-    return 2 * left.numel() * neurons / _least_seconds(lambda: left @ right, device)
+    return 2 * left.numel() * neurons / _least_seconds(lambda: products.matmul(left, right), device)
 
 
 def copy_rate(device: str) -> float:

@@ -19,6 +19,7 @@ from pke_fast.evaluating.measured import digest
 from pke_fast.evaluating.verdicts import open_judges
 from pke_fast.evaluation import Evaluation, by_category, evaluate_model, write_evaluation
 from pke_fast.intervals import wilson
+from pke_fast.modes import evaluating
 from pke_fast.perplexity import perplexity, text_windows
 from pke_fast.stages import Stages
 from pke_fast.testing import CONTEXT, FAMILIES, tiny_model, tiny_tokenizer
@@ -58,7 +59,8 @@ def test_perplexity_is_the_plain_one(family: str) -> None:
 
 def test_perplexity_of_bf16_rounds_the_model_only() -> None:
     model, tokenizer = tiny_model("llama", dtype="bf16"), tiny_tokenizer()
-    expected = plain_perplexity(model, tokenizer(TEXT)["input_ids"], 512)
+    with evaluating(model):  # with the same products
+        expected = plain_perplexity(model, tokenizer(TEXT)["input_ids"], 512)
     assert perplexity(model, tokenizer, TEXT) == pytest.approx(expected, rel=1e-5)
 
 

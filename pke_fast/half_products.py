@@ -1,0 +1,55 @@
+"""A model's linear layers in half precision, fast on a CPU without instructions for it while it is worked with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from pke_fast.kernels import products
+from pke_fast.module_calls import replaced_forward
+
+
+class _Product(torch.autograd.Function):
+    """x times a frozen weight [out, in], or [in, out] as Conv1D has it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.transposed = transposed
+        return (products.matmul if transposed else products.linear)(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (weight,) = ctx.saved_tensors
+        return (products.linear if ctx.transposed else products.matmul)(grads[0], weight), None, None, None
+
+
+@contextmanager
+def fast_half_products(model: nn.Module) -> Iterator[None]:
+    """For the length of a block, linear layers multiply by `products`, where that is faster than torch.
+
+    Those that somebody has given another forward, as accelerate's hooks do, are left as they are.
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            if type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module) and _slow(module.weight):
+                stack.enter_context(replaced_forward(module, partial(_forward, module, module.forward)))
+        yield
+
+
+def _slow(weight: Any) -> bool:
+    return weight.device.type == "cpu" and products.without_instructions(weight.dtype)
+
+
+def _forward(module: Any, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    weight, bias = module.weight, module.bias
+    learns = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if not products.by_parts(weight) or (learns and torch.is_grad_enabled()):
+        return own(x)
+    return _Product.apply(x, weight, bias, isinstance(module, Conv1D))
