@@ -1,9 +1,9 @@
 """Products with weights; in half precision, on a CPU without instructions for it, in fp32 and a part of the weight at a
 time.
 
-torch multiplies bf16 and fp16 by plain loops where oneDNN finds no instructions for them, as before AVX-512: 5 to 400
-times slower than fp32 (pytorch issue 146508). A part of the weight that is made fp32 while it is in the cache costs
-next to nothing, and no copy of the whole weight is ever there.
+torch multiplies bf16 and fp16 by plain loops where oneDNN finds no instructions for them, as before AVX-512: with AVX2,
+4 to 340 times slower than fp32 (pytorch issue 146508). A part of the weight that is made fp32 while it is in the cache
+costs next to nothing, and no copy of the whole weight is ever there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 PART_ELEMENTS = 1 << 20  # of a weight in fp32: 4 MiB
-LEAST_ROWS = 8  # from which torch's own product of bf16 rows with a weight's rows is the slower one
 
 _SUPPORTED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 
@@ -33,29 +32,33 @@ def by_parts(weight: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight^T + bias [.., V], in x's dtype, of x [.., d], weight [V, d] and bias [V]; by parts no gradient."""
-    if not by_parts(weight) or x.shape[:-1].numel() < LEAST_ROWS:
+    """x @ weight^T + bias [.., V], in x's dtype, of x [.., d], weight [V, d] and bias [V]; by parts without a graph."""
+    if not by_parts(weight) or x.dtype != weight.dtype:
         return nn.functional.linear(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1]).float()
-    out = torch.empty(len(rows), len(weight), dtype=x.dtype)
-    for part in _parts(weight):
-        values = rows @ weight[part].float().T
-        out[:, part] = values if bias is None else values.add_(bias[part])
-    return out.view(*x.shape[:-1], len(weight))
+    with torch.no_grad():
+        rows = x.reshape(-1, x.shape[-1]).float()
+        out = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype)  # no view of another: a model may write to it
+        flat = out.view(-1, len(weight))
+        for part in _parts(weight):
+            values = rows @ weight[part].float().T
+            flat[:, part] = values if bias is None else values.add_(bias[part])
+    return out
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight + bias [.., d], in x's dtype, of x [.., V], weight [V, d] and bias [d]; by parts no gradient."""
-    if not by_parts(weight):
+    """x @ weight + bias [.., d], in x's dtype, of x [.., V], weight [V, d] and bias [d]; by parts without a graph."""
+    if not by_parts(weight) or x.dtype != weight.dtype:
         product = x @ weight
         return product if bias is None else product + bias
-    rows = x.reshape(-1, x.shape[-1])
-    total = torch.zeros(len(rows), weight.shape[1])
-    if bias is not None:
-        total += bias
-    for part in _parts(weight):
-        total.addmm_(rows[:, part].float(), weight[part].float())
-    return total.to(x.dtype).view(*x.shape[:-1], weight.shape[1])
+    with torch.no_grad():
+        rows = x.reshape(-1, x.shape[-1])
+        total = torch.zeros(*x.shape[:-1], weight.shape[1])
+        flat = total.view(-1, weight.shape[1])
+        if bias is not None:
+            flat += bias
+        for part in _parts(weight):
+            flat.addmm_(rows[:, part].float(), weight[part].float())
+    return total.to(x.dtype)
 
 
 def _parts(weight: Tensor) -> Iterator[slice]:

@@ -14,6 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from pke_fast.kernels import products
 from pke_fast.module_calls import replaced_forward
 
+LEAST_ROWS = 8  # from which torch's own product of bf16 rows with a weight's rows is the slower one
+
 
 class _Product(torch.autograd.Function):
     """x times a frozen weight [out, in], or [in, out] as Conv1D has it."""
@@ -38,18 +40,19 @@ def fast_half_products(model: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for module in model.modules():
-            if type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module) and _slow(module.weight):
+            if type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module) and _by_parts(module):
                 stack.enter_context(replaced_forward(module, partial(_forward, module, module.forward)))
         yield
 
 
-def _slow(weight: Any) -> bool:
-    return weight.device.type == "cpu" and products.without_instructions(weight.dtype)
+def _by_parts(module: Any) -> bool:
+    return products.by_parts(module.weight)
 
 
-def _forward(module: Any, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _forward(module: Any, own: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
     weight, bias = module.weight, module.bias
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if not products.by_parts(weight) or (learns and torch.is_grad_enabled()):
-        return own(x)
-    return _Product.apply(x, weight, bias, isinstance(module, Conv1D))
+    few = not isinstance(module, Conv1D) and input.shape[:-1].numel() < LEAST_ROWS
+    if not _by_parts(module) or (learns if torch.is_grad_enabled() else few):  # the way back is slow of one row too
+        return own(input)
+    return _Product.apply(input, weight, bias, isinstance(module, Conv1D))
