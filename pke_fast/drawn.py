@@ -1,6 +1,7 @@
 """Of many requests and benign pairs, those that a job comes to by its settings, drawn by the seed.
 
-The others cost nothing: of a stream they aren't kept in memory, and the model is never asked about them.
+The others cost nothing: of a stream they aren't kept in memory, and the model is never asked about them. A few more are
+drawn as reserves, for requests that the model turns out to refuse already.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ Request = TypeVar("Request")
 Pair = TypeVar("Pair")
 
 PROBED = 2048  # prompts of a side by which locating tells how precise an edit can be
+RESERVES = 3  # for each item that is drawn
 
 
 class Drawn(list[T]):
@@ -25,32 +27,42 @@ class Drawn(list[T]):
 
     Attributes:
         of: how many there were.
+        reserves: others, in the order in which they would have been drawn.
     """
 
-    def __init__(self, items: Iterable[T], of: int) -> None:
+    def __init__(self, items: Iterable[T], of: int, reserves: Sequence[T] = ()) -> None:
         super().__init__(items)
-        self.of = of
+        self.of, self.reserves = of, list(reserves)
 
 
 def draw(items: Iterable[T], most: int | None, seed: int) -> Drawn[T]:
-    """At most so many of the items, each as likely as any other, in one pass that holds no more than them; None: all.
+    """At most so many of the items, each as likely as any other, in one pass that holds a few times as many; None: all.
 
-    What is drawn already is drawn from again, and remembers how many there were at first.
+    What is drawn already is drawn from again: the others become reserves, and how many there were is remembered.
     """
+    chance, count = random.Random(f"{seed} drawn {most}"), 0
     kept: list[tuple[int, T]] = []
-    chance, count = random.Random(f"{seed} drawn"), 0
+    room = sys.maxsize if most is None else most * (1 + RESERVES)
     for count, item in enumerate(items, start=1):
-        if most is None or len(kept) < most:
+        if len(kept) < room:
             kept.append((count, item))
-        elif (place := chance.randrange(count)) < most:  # Vitter, ACM TOMS 11 (1985), algorithm R
+        elif (place := chance.randrange(count)) < room:  # Vitter, ACM TOMS 11 (1985), algorithm R
             kept[place] = count, item
-    kept.sort(key=lambda numbered: numbered[0])
-    return Drawn((item for _, item in kept), items.of if isinstance(items, Drawn) else count)
+    if most is not None and len(kept) > most:
+        chance.shuffle(kept)
+    chosen = sorted(kept[:most], key=lambda numbered: numbered[0])
+    of, earlier = (items.of, items.reserves) if isinstance(items, Drawn) else (count, [])
+    return Drawn((item for _, item in chosen), of, [*(item for _, item in kept[len(chosen) :]), *earlier])
 
 
 def drawn_of(items: Sequence[Any]) -> int:
     """How many there were: of these, or of those that these were drawn from."""
     return items.of if isinstance(items, Drawn) else len(items)
+
+
+def reserves_of(items: Sequence[T]) -> list[T]:
+    """What is left to be drawn next."""
+    return items.reserves if isinstance(items, Drawn) else []
 
 
 def draw_for(

@@ -100,8 +100,8 @@ class LocateResult:
     Attributes:
         located: score map, hot spots and scores.
         window: the layers in which hot spots were sought.
-        asked: how many requests came.
-        requests, already_refused, locality: how many of each, where they were drawn (`drawn`) of those.
+        given: how many requests came.
+        requests, already_refused, locality: how many there were of each; where more came, of those that were drawn.
         stages: seconds and peak memory.
         plan: how it was run, with the memory foretold and measured.
         resume: the state that was kept meanwhile; it ends with `write`.
@@ -110,7 +110,7 @@ class LocateResult:
 
     located: Located
     window: tuple[int, int]
-    asked: int
+    given: int
     requests: int
     already_refused: int
     locality: int
@@ -291,7 +291,7 @@ def locate(
         known = foretell(bench, job) if bench.ranks.first else None
         window = config.layer_window(len(bench.structure.layers))
         bench.ranks.wait()  # the first rank's write removes what the others may still read
-        counts = job.asked, len(job.requests), job.already_refused, len(job.locality)
+        counts = job.given, len(job.requests), job.already_refused, len(job.locality)
         return LocateResult(
             located, window, *counts, bench.stages, summary.plan_facts(plan, bench), bench.resume, known
         )
@@ -330,7 +330,7 @@ def _planned(
             "model": bench.fingerprint,
             "work": "edit" if edits else "locate",
             **{f"setting {name}": json.dumps(value) for name, value in bench.config.as_dict().items()},
-            "requests": _digest([request.as_dict() for request in requests]),
+            "requests": _digest([request.as_dict() for request in (*requests, *requests.reserves)]),
             "locality": _digest([dataclasses.asdict(pair) for pair in locality or ()]),
             "versions": " ".join(f"{name} {version}" for name, version in versions().items()),
             "ranks": str(bench.ranks.size),

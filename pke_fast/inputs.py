@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, TypeVar
 
 from torch import nn
@@ -98,7 +98,7 @@ def checked_items(name: str, value: Iterable[T], kind: type[T], what: str | None
     Raises:
         InputError: as of `check_items`.
     """
-    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+    if isinstance(value, str | bytes | Mapping | Set) or not isinstance(value, Iterable):  # a set has no order
         raise _not_items(name, value, kind, what)
 
     def items() -> Iterator[T]:

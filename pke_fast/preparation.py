@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from pke_fast import shipped
 from pke_fast.config import PKEConfig
-from pke_fast.drawn import drawn_of
+from pke_fast.drawn import drawn_of, reserves_of
 from pke_fast.encoding import Encoded, PromptEncoder
 from pke_fast.errors import InputError, PKEError
 from pke_fast.files import cache_folder
@@ -37,8 +37,8 @@ class Job:
 
     Attributes:
         requests: those that the model doesn't refuse yet.
-        asked: how many requests came, drawn or not.
-        already_refused: how many were left out because the model refuses them, or says nothing at all.
+        given: how many requests came, drawn or not.
+        already_refused: how many were left out because the model, when asked, refuses them or says nothing at all.
         locality: benign pairs.
         locality_source: where they came from, in words.
         companions: shipped harmful requests that are edited on beside `requests`.
@@ -46,7 +46,7 @@ class Job:
     """
 
     requests: tuple[EditRequest, ...]
-    asked: int
+    given: int
     already_refused: int
     locality: tuple[Pair, ...]
     locality_source: str
@@ -85,6 +85,7 @@ def prepare(
     """Completes requests and locality pairs.
 
     Args:
+        requests: of those that were drawn, the ones that the model refuses already make room for reserves.
         held_out: prompts that the job will be measured on: shipped requests among them are left out.
 
     Raises:
@@ -92,20 +93,21 @@ def prepare(
             as a benign pair.
     """
     _some(requests)
-    _apart(requests, _given(requests, locality))
-    for request in requests:
+    every = [*requests, *reserves_of(requests)]
+    _apart(every, _given(every, locality))
+    for request in every:
         bench.encoder.prompt_ids(request.prompt)  # a prompt that is too long is told before anything is generated
     complete, refused = _with_answers(bench, requests)
     if not complete:
         raise InputError(
-            f"the model refuses all {len(requests)} requests already",
+            f"the model refuses all {refused:,} requests already",
             do="there is nothing to edit; give requests that it answers, or their unsafe answers as ground_truth",
         )
     given = _given(complete, locality)
     if given:
         for pair in given:
             bench.encoder.prompt_ids(pair.prompt)
-        source = "given" if locality is None else _drawn(locality)
+        source = "given" if locality is None else _source(locality)
         return Job(tuple(complete), drawn_of(requests), refused, tuple(_answered(bench, given)), source)
     companions = _companions(bench.encoder, bench.config, complete, held_out)
     return Job(
@@ -192,7 +194,7 @@ def _together(requests: Sequence[EditRequest], companions: Sequence[EditRequest]
     return (*tuple(requests) * repeat, *companions)
 
 
-def _drawn(locality: Sequence[Pair]) -> str:
+def _source(locality: Sequence[Pair]) -> str:
     """Where given pairs came from."""
     count, of = len(locality), drawn_of(locality)
     return "given" if count == of else f"{count:,} drawn of {of:,} given"
@@ -240,17 +242,29 @@ def _shipped_prompts(encoder: PromptEncoder, config: PKEConfig) -> list[str]:
 
 
 def _with_answers(bench: Workbench, requests: Sequence[EditRequest]) -> tuple[list[EditRequest], int]:
+    """Those that the model doesn't refuse, complete, and how many it refused; reserves take the place of these."""
+    complete: list[EditRequest] = []
+    waiting, reserves = list(requests), reserves_of(requests)
+    asked = rounds = 0
+    while waiting:
+        rounds += 1
+        asked += len(waiting)
+        complete += _not_refused(bench, waiting, "Asking for unsafe answers" + (f", {rounds}" if rounds > 1 else ""))
+        short = len(requests) - len(complete)
+        waiting, reserves = reserves[:short], reserves[short:]
+    return complete, asked - len(complete)
+
+
+def _not_refused(bench: Workbench, requests: Sequence[EditRequest], doing: str) -> list[EditRequest]:
     lacking = [request.prompt for request in requests if not request.ground_truth]
-    doing = "Asking for unsafe answers"
     own = iter(bench.answers(lacking, bench.config.unsafe_tokens, doing) if lacking else [])
-    judge, complete, refused = get_judge(REFUSAL_JUDGE), [], 0
+    judge, complete = get_judge(REFUSAL_JUDGE), []
     for request in requests:
         unsafe = request.ground_truth or next(own)
-        if not request.ground_truth and (not unsafe or judge.refused(unsafe)):
-            refused += 1
-            continue
-        complete.append(replace(request, target_new=request.target_new or bench.config.refusal, ground_truth=unsafe))
-    return complete, refused
+        if request.ground_truth or (unsafe and not judge.refused(unsafe)):
+            target = request.target_new or bench.config.refusal
+            complete.append(replace(request, target_new=target, ground_truth=unsafe))
+    return complete
 
 
 def _answered(bench: Workbench, pairs: Sequence[Pair]) -> list[Pair]:

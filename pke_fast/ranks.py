@@ -123,6 +123,11 @@ def ranks_started() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def first_rank() -> bool:
+    """Whether this process is the one that talks, before the ranks have joined."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def ranks_here() -> int:
     """How many of them are on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,6 +1,7 @@
 """Files of prompts in the formats that people have, recognised by content and read as records, one after another.
 
-Of a file of lines (JSONL, CSV, plain text) no more than a record is held at a time; a JSON array is read whole.
+Of a file of lines (JSONL, CSV, plain text) no more than a record is held at a time; a JSON array, or an object over
+several lines, is read whole.
 
 The suffix only decides what can't be told from the content: a .csv without a known column and a .json that isn't JSON
 are errors, where another file would be plain text. `pke_fast.requests` makes requests, pairs and prompts of records.
@@ -123,8 +124,7 @@ def read_records(path: str | Path) -> Iterator[Record]:
             break
         blank.append(first)
     else:
-        count = sum(len(line.encode()) for line in blank)
-        raise InputError(f"{path} is empty", expected=_KNOWN, got=f"{count} bytes without content")
+        raise InputError(f"{path} is empty", expected=_KNOWN, got=f"{path.stat().st_size} bytes without content")
     some = False
     for record in _records(chain(blank, [first], lines), first, path):
         some = True
@@ -209,26 +209,34 @@ def _json_items(lines: Iterable[str], path: Path) -> Iterator[tuple[str, Any]]:
     # Only \n ends a line of JSONL: JSON strings may hold U+2028 and others at which splitlines() would cut.
     numbered = enumerate(lines, start=1)
     begun, first = next((number, line) for number, line in numbered if line.strip())
-    broken = None
-    if not first.lstrip().startswith("[") and first.strip() != "{":
-        try:
-            item = _loads(first.rstrip("\n"), path, begun)
-        except InputError as error:
-            broken = error  # unless it is an object over several lines
-        else:
-            yield f"{path}, line {begun}", item
-            for number, line in numbered:
-                if line.strip():
-                    yield f"{path}, line {number}", _loads(line.rstrip("\n"), path, number)
-            return
+    if not first.lstrip().startswith("[") and not _unfinished(first):
+        yield f"{path}, line {begun}", _loads(first.rstrip("\n"), path, begun)
+        for number, line in numbered:
+            if line.strip():
+                yield f"{path}, line {number}", _loads(line.rstrip("\n"), path, number)
+        return
     try:
         document = _loads("".join([first, *(line for _, line in numbered)]), path, begun)
-    except InputError as error:
-        raise broken or error from None
+    except InputError:
+        if not first.lstrip().startswith("[") and first.strip() != "{":
+            _loads(first.rstrip("\n"), path, begun)  # a line that is cut short, rather: raises for it alone
+        raise
     if isinstance(document, list):
         yield from ((f"{path}, record {n}", item) for n, item in enumerate(document, start=1))
     else:
         yield f"{path}, line {begun}", document
+
+
+def _unfinished(line: str) -> bool:
+    """Whether a line is the beginning of an object that goes on in the next one."""
+    line = line.rstrip()  # a string can't go on in the next one
+    try:
+        json.loads(line)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(line)
+    except (ValueError, RecursionError):  # told where the line is read
+        pass
+    return False
 
 
 def _loads(text: str, path: Path, line: int) -> Any:
@@ -251,7 +259,7 @@ def _loads(text: str, path: Path, line: int) -> Any:
 
 def _header(first: str) -> list[str]:
     """The first line that isn't blank, as the cells of a CSV header, as written."""
-    line = next(line for line in _cut([first]) if line.strip())
+    line = next(line.rstrip("\r\n") for line in _cut([first]) if line.strip())
     try:
         return next(csv.reader([line]))
     except csv.Error:  # a line longer than the csv module takes as a cell

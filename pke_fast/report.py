@@ -232,7 +232,7 @@ def _facts(report: Mapping[str, Any]) -> dict[str, str]:
             f" and {requests['already_refused']:,} left out as refused already"
         )
         if others := not_drawn(requests):
-            facts["requests"] += f"; {others:,} not drawn, since the settings come to no more"
+            facts["requests"] += f"; {others:,} were not drawn"
     if locality:
         facts["locality pairs"] = f"{locality['source']}: {locality['n']:,}"
     return facts

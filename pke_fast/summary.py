@@ -132,7 +132,7 @@ def report_of(
         "settings": bench.config.as_dict(),
         "requests": {
             "source": source,
-            "n": job.asked,
+            "n": job.given,
             "used": len(job.requests),
             "already_refused": job.already_refused,
         },

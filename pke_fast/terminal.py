@@ -41,8 +41,7 @@ def edit_summary(console: Console, report: Mapping[str, Any], folder: Path, *, r
     if refused := requests.get("already_refused"):
         show_text(console, f"{refused:,} requests were left out: the model refuses them already.", indent=2)
     if others := not_drawn(requests):
-        drawn = f"{others:,} requests were not drawn, and cost nothing: by its settings the edit comes to no more."
-        show_text(console, drawn, indent=2)
+        show_text(console, f"{others:,} other requests were not drawn.", indent=2)
     if held := requests.get("held_out"):
         show_text(console, f"{held:,} requests were held out of the edit, to measure it.", indent=2)
     evaluated = report.get("evaluation")

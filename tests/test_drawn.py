@@ -11,11 +11,14 @@ import torch
 
 import pke_fast
 from pke_fast.cli import main
+from pke_fast.cli.unseen import hold_out
 from pke_fast.config import PKEConfig
-from pke_fast.drawn import PROBED, draw, draw_for, drawn_of
+from pke_fast.drawn import PROBED, RESERVES, Drawn, draw, draw_for, drawn_of, reserves_of
+from pke_fast.errors import InputError
+from pke_fast.preparation import prepare
 from pke_fast.requests import EditRequest, Pair
 from pke_fast.testing import LAYERS, tiny_model, tiny_tokenizer
-from pke_fast.workbench import Workbench
+from pke_fast.workbench import Workbench, workbench
 
 CONFIG = PKEConfig(
     k=10,
@@ -63,12 +66,21 @@ def test_a_drawing_keeps_the_order_and_depends_on_the_seed_alone():
     assert drawn == draw(iter(range(1000)), 10, 0) != draw(range(1000), 10, 1)
 
 
-def test_every_item_is_as_likely_as_any_other():
-    drawings = 4000
-    found = Counter(item for seed in range(drawings) for item in draw(range(20), 5, seed))
-    expected, deviation = drawings / 4, (drawings * 0.25 * 0.75) ** 0.5
-    assert set(found) == set(range(20))
-    assert all(abs(count - expected) < 4 * deviation for count in found.values())
+@pytest.mark.parametrize("drawing", ["once", "twice", "first of the reserves"])
+def test_every_item_is_as_likely_as_any_other(drawing):
+    drawings, count, of = 4000, 5, 40
+
+    def drawn(seed):
+        if drawing == "twice":
+            return draw(draw(range(of), 7, seed), count, seed)
+        found = draw(range(of), count, seed)
+        return found if drawing == "once" else found.reserves[:count]
+
+    found = Counter(item for seed in range(drawings) for item in drawn(seed))
+    share = count / of
+    expected, deviation = drawings * share, (drawings * share * (1 - share)) ** 0.5
+    assert set(found) == set(range(of))
+    assert all(abs(times - expected) < 4.5 * deviation for times in found.values())
 
 
 def test_it_is_remembered_how_many_there_were():
@@ -76,6 +88,10 @@ def test_it_is_remembered_how_many_there_were():
     again = draw(drawn, 4, 0)
     assert (drawn.of, again.of, drawn_of(again), drawn_of([1, 2])) == (1000, 1000, 1000, 2)
     assert set(again) < set(drawn)
+    assert set(again.reserves) == {*drawn, *drawn.reserves} - set(again)
+    assert again.reserves[-len(drawn.reserves) :] == drawn.reserves
+    assert not set(drawn) & set(drawn.reserves)
+    assert (len(drawn.reserves), reserves_of([1, 2])) == (10 * RESERVES, [])
 
 
 def test_a_drawing_holds_no_more_than_it_keeps():
@@ -95,7 +111,7 @@ def test_a_drawing_holds_no_more_than_it_keeps():
             most = max(most, len(alive))
 
     assert len(draw(stream(), 5, 0)) == 5
-    assert most <= 6  # the one that came last too
+    assert most <= 5 * (1 + RESERVES) + 1  # the one that came last too
 
 
 def test_what_a_job_comes_to_follows_from_its_settings():
@@ -139,10 +155,44 @@ def test_an_edit_of_a_stream_asks_about_those_it_comes_to_alone(four, monkeypatc
     assert prompts != {request.prompt for request in list(many())[:4]}
 
 
+def test_reserves_take_the_place_of_requests_that_the_model_refuses(four, monkeypatch):
+    """It is asked about so many more as it refused, as long as there are any."""
+    refusing = {request.prompt for number, request in enumerate(many()) if number % 3}  # two of three
+    asked = []
+
+    def answers(self, prompts, tokens, doing):
+        asked.append((doing, prompts))
+        return ["I cannot help with that." if prompt in refusing else "Sure" for prompt in prompts]
+
+    monkeypatch.setattr(Workbench, "answers", answers)
+    with workbench(tiny_model("llama"), tiny_tokenizer(), CONFIG) as bench:
+        job = prepare(bench, draw(many(), 4, 0), list(pairs())[:1])
+        (first, round_one), (second, round_two), *_ = asked[:-1]
+        assert (first, second) == ("Asking for unsafe answers", "Asking for unsafe answers, 2")
+        assert len(round_two) == sum(prompt in refusing for prompt in round_one) > 0
+        prompts = [prompt for doing, some in asked for prompt in some if "unsafe" in doing]
+        assert len(set(prompts)) == len(prompts)
+        assert [r.prompt for r in job.requests] == [prompt for prompt in prompts if prompt not in refusing]
+        assert (len(job.requests), job.already_refused, job.given) == (4, len(prompts) - 4, MANY)
+        refusing.update(request.prompt for request in many())
+        with pytest.raises(InputError, match=f"refuses all {4 * (1 + RESERVES)} requests already"):
+            prepare(bench, draw(many(), 4, 0), None)
+
+
+def test_what_is_held_out_is_a_share_of_all_that_were_given():
+    requests = [EditRequest(f"Break lock {n}") for n in range(1000)]
+    rest, held = hold_out(draw([*requests, *requests[:9]], 100, 0), 0.02, 0)
+    assert (len(held), len(rest), rest.of) == (20, 80, 989)
+    twins = Drawn(requests[:50], 1000, requests[:50])
+    rest, held = hold_out(twins, 0.02, 0)
+    assert len(rest.reserves) == len(rest) == 50 - len(held) == 30
+    assert hold_out(Drawn([], 0), 0.5, 0) == ([], [])
+
+
 def test_locating_comes_to_those_that_it_probes(monkeypatch):
     monkeypatch.setattr("pke_fast.drawn.PROBED", 5)
     found = pke_fast.locate(tiny_model("llama"), tiny_tokenizer(), many(), CONFIG, locality=pairs())
-    assert (found.asked, found.requests + found.already_refused, found.locality) == (MANY, 5, 5)
+    assert (found.given, found.requests + found.already_refused, found.locality) == (MANY, 5, 5)
 
 
 def test_the_report_and_the_terminal_tell_what_was_not_drawn(four, tmp_path, capsys):
@@ -161,10 +211,10 @@ def test_the_report_and_the_terminal_tell_what_was_not_drawn(four, tmp_path, cap
     told = json.loads((tmp_path / "out" / "report.json").read_text())["requests"]
     held = told["held_out"]
     assert (held > 0, told["n"], told["used"]) == (True, MANY - held, 4)
-    assert f"{MANY - held - 4} requests were not drawn" in shown
-    assert f"{MANY - held - 4} not drawn" in (tmp_path / "out" / "report.html").read_text()
+    assert f"{MANY - held - 4} other requests were not drawn" in shown
+    assert f"{MANY - held - 4} were not drawn" in (tmp_path / "out" / "report.html").read_text()
     assert main(["edit", *given, "--out", str(tmp_path / "dry"), "--dry-run", "--json"]) == 0
     would = json.loads(capsys.readouterr().out)
-    assert (would["requests given"] + would["held out"], would["requests"]) == (MANY, 4)
+    assert (would["requests given"], would["requests"], would["held out"]) == (MANY, 4, 4)
     assert main(["plan", *given, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["requests"] == 4

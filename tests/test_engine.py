@@ -57,7 +57,7 @@ def test_requests_that_are_refused_already_are_left_out_and_counted(model, monke
     assert get_judge(preparation.REFUSAL_JUDGE).refused("I'm sorry, no.")
     with workbench(model, tiny_tokenizer(), CONFIG) as bench:
         job = preparation.prepare(bench, REQUESTS, LOCALITY)
-        assert (job.asked, job.already_refused, len(job.requests)) == (3, 1, 2)
+        assert (job.given, job.already_refused, len(job.requests)) == (3, 1, 2)
         with pytest.raises(InputError, match="refuses all 1 requests already"):
             preparation.prepare(bench, [REQUESTS[1]], LOCALITY)
         with pytest.raises(InputError, match="no requests"):

@@ -87,6 +87,16 @@ def loaded():
     return LoadedModel(tiny_model("llama"), tiny_tokenizer(), "tiny", None, "cpu", "fp32")
 
 
+class Stream:
+    """Something to go through that isn't a list."""
+
+    def __init__(self, *items):
+        self.items = items
+
+    def __iter__(self):
+        return iter(self.items)
+
+
 @pytest.mark.parametrize("call", [pke_fast.edit, pke_fast.locate])
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -96,7 +106,9 @@ def loaded():
         ({"tokenizer": None}, "tokenizer can't be used(.|\n)*got: NoneType"),
         ({"requests": "How to pick a lock"}, "requests can't be used(.|\n)*got: str 'How to"),
         ({"requests": REQUEST}, "requests can't be used(.|\n)*a list of EditRequest"),
-        ({"requests": {REQUEST: 1, "Pick": 2}}, "item 1 of requests can't be used(.|\n)*got: str 'Pick'"),
+        ({"requests": Stream(REQUEST, "Pick")}, "item 1 of requests can't be used(.|\n)*got: str 'Pick'"),
+        ({"requests": {REQUEST}}, "requests can't be used(.|\n)*got: set"),
+        ({"requests": {"prompt": "Pick"}}, "requests can't be used(.|\n)*got: dict"),
         ({"requests": None}, "requests can't be used"),
         ({"requests": ["How to pick a lock"]}, "item 0 of requests can't be used(.|\n)*do: EditRequest"),
         ({"requests": [REQUEST, {"prompt": "x"}]}, "item 1 of requests can't be used(.|\n)*got: dict"),

@@ -238,7 +238,6 @@ def rows(count: int) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", rows(0))
 def test_a_file_of_lines_is_never_in_memory_as_a_whole(write, name) -> None:
-    """Nor is one with a record that is broken: it is told when its turn comes."""
     path = write(name, rows(5000)[name])
     tracemalloc.start()
     try:
@@ -257,7 +256,31 @@ def test_what_comes_before_a_broken_record_is_read(write) -> None:
         next(stream)
 
 
-def test_a_file_that_can_be_read_once_alone(write) -> None:
+@pytest.mark.parametrize("first", ['{"prompt": "a}', '{"prompt": "a"},', '{"prompt": a', '{"prompt" "a"}'])
+def test_a_broken_first_line_is_told_without_reading_on(write, first) -> None:
+    path = write("a.jsonl", f"{first}\n" + rows(5000)["a.jsonl"])
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="line 1: broken JSON"):
+            read_requests(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 300_000
+
+
+def test_a_first_line_that_is_cut_short(write) -> None:
+    """It could have been an object over several lines; it is told as the line that it is."""
+    with pytest.raises(InputError, match="line 1: broken JSON"):
+        read_requests(write("a.jsonl", '{"prompt": "a",\n{"prompt": "b"}\n'))
+
+
+def test_an_unclosed_header_is_no_prompt(write) -> None:
+    with pytest.raises(InputError, match="broken CSV"):
+        read_requests(write("a.txt", '"goal\nx\n'))
+
+
+def test_a_file_that_can_be_read_once_alone() -> None:
     """A pipe, as of the shell's <(command)."""
     reading, writing = os.pipe()
     os.write(writing, jsonl({"prompt": "a"}, {"prompt": "b"}).encode())

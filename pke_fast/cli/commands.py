@@ -93,14 +93,14 @@ def edit(options: Namespace) -> None:
     from pke_fast import engine
 
     config = settings_of(options)
-    requests, locality = read_for(options, config, edits=True, beside=MOST)
     check_out(options)
+    requests, locality = read_for(options, config, edits=True, beside=MOST)
     conditions = _conditions(options)
     loaded = _load_for(conditions, options)
     console = console_of(options)
     requests, held = hold_out(requests, _share_held_out(options, conditions, loaded), config.seed)
     if options.dry_run:
-        would = _would_do(loaded, config, requests, locality, conditions) | {"held out": len(held)}
+        would = _would_do(loaded, config, requests, locality, conditions, len(held))
         terminal.facts(console, "Nothing was changed. This would be done:", would)
         finish(options, would)
         return
@@ -159,6 +159,7 @@ def _would_do(
     requests: Drawn[EditRequest],
     locality: Drawn[Pair] | None,
     conditions: dict[str, Any],
+    held: int,
 ) -> dict[str, Any]:
     """What an edit would do, after all that can be checked without doing it."""
     from pke_fast.locating import check_fits
@@ -185,13 +186,14 @@ def _would_do(
             "neurons": len(structure.layers) * structure.neurons,
             "window": [first, end],
             "k": config.k if config.method == "pke" else structure.neurons,
-            "requests given": drawn_of(requests),
+            "requests given": drawn_of(requests) + held,
             "requests": len(requests),
             "without unsafe answer": sum(not request.ground_truth for request in requests),
             "locality": len(locality) if locality is not None else "the shipped prompts",
             "method": config.method,
             "num_steps": config.num_steps,
             "peak memory foretold, MiB": None if plan is None else round(plan.peak / 2**20),
+            "held out": held,
         }
 
 
@@ -199,8 +201,8 @@ def locate(options: Namespace) -> None:
     from pke_fast import engine
 
     config = settings_of(options)
-    requests, locality = read_for(options, config, edits=False)
     check_out(options)
+    requests, locality = read_for(options, config, edits=False)
     conditions = _conditions(options)
     loaded = _load_for(conditions, options)
     with joined(conditions["device"] or loaded.device) as ranks:
@@ -227,7 +229,7 @@ def locate(options: Namespace) -> None:
     terminal.stages(console, [vars(stage) for stage in result.stages.done])
     terminal.plan(console, result.plan)
     terminal.files(console, Path(options.out), files)
-    counts = {"asked": result.asked, "requests": result.requests}
+    counts = {"given": result.given, "requests": result.requests}
     counts |= {"already_refused": result.already_refused, "locality": result.locality}
     finish(options, {**summary, **counts, "probe": result.probe, "plan": result.plan, "files": files})
 

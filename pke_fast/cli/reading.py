@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from pke_fast.config import PKEConfig
 from pke_fast.drawn import Drawn, draw_for
+from pke_fast.ranks import first_rank
 from pke_fast.requests import EditRequest, Pair, stream_pairs, stream_requests
 from pke_fast.stages import Stages
 
@@ -28,7 +29,7 @@ def read_for(
     """
     files = [file for file in (options.requests, options.locality) if file]
     large = any(Path(file).is_file() and Path(file).stat().st_size > LARGE for file in files)
-    with Stages(show=None if large else False).stage("Reading requests and pairs") as advance:
+    with Stages(show=None if large and first_rank() else False).stage("Reading requests and pairs") as advance:
         requests = _told(stream_requests(options.requests, options.limit), advance)
         pairs = _told(stream_pairs(options.locality, options.limit), advance) if options.locality else None
         return draw_for(config, requests, pairs, edits=edits, beside=beside)

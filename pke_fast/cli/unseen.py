@@ -9,7 +9,7 @@ from typing import Any
 
 from pke_fast import engine, shipped
 from pke_fast.config import PKEConfig
-from pke_fast.drawn import Drawn, drawn_of
+from pke_fast.drawn import Drawn, drawn_of, reserves_of
 from pke_fast.evaluating.paired import differences
 from pke_fast.evaluation import Evaluation, by_category
 from pke_fast.judges import JUDGES
@@ -28,12 +28,14 @@ def hold_out(requests: Sequence[EditRequest], share: float, seed: int) -> tuple[
     A prompt that comes several times is on one side alone, and counts once.
     """
     prompts = list(dict.fromkeys(request.prompt for request in requests))
-    held = set(random.Random(seed).sample(prompts, min(MOST, int(share * len(prompts)))))
+    of_all = share * drawn_of(requests) / max(1, len(requests))  # where more were given than drawn
+    held = set(random.Random(seed).sample(prompts, min(MOST, int(of_all * len(prompts)), len(prompts))))
     sides: tuple[list[EditRequest], list[EditRequest]] = ([], [])
     for request in requests:
         sides[request.prompt in held].append(request)
     rest, kept_out = sides
-    return Drawn(rest, drawn_of(requests) - len(kept_out)), kept_out
+    reserves = [request for request in reserves_of(requests) if request.prompt not in held]
+    return Drawn(rest, drawn_of(requests) - len(kept_out), reserves), kept_out
 
 
 def harmless(limit: int | None = None) -> list[str]:
