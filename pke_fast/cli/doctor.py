@@ -24,7 +24,7 @@ def examine() -> dict[str, Any]:
         "versions": {**versions(), **{name: _version(name) for name in ("accelerate", "gguf", "triton")}},
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "devices": [*(f"cuda:{i} {name}" for i, name in enumerate(gpus)), "cpu"],
-        "half precision on the CPU": {called(dtype): _multiplied(dtype) for dtype in (torch.bfloat16, torch.float16)},
+        "half precision": {called(dtype): _multiplied(dtype) for dtype in (torch.bfloat16, torch.float16)},
         "native extension": native.problem() or _built(),
         "ops": {
             kind: {op: ops.explanation(op, torch.device(kind)) for op in ops.OPS}
