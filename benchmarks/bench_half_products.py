@@ -24,8 +24,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CASES = [("torchs", "fp32"), *((provider, dtype) for dtype in ("bf16", "fp16") for provider in ("ours", "torchs"))]
 TOKENS, HIDDEN, NEURONS = 128, 2048, 8192  # of an up projection of Llama-3.2-1B, and of the way back through it
 REQUESTS = 4
-
-
 PRODUCTS: dict[tuple[str, str], Callable[[Tensor, Tensor], Tensor]] = {
     ("torchs", "up"): torch.nn.functional.linear,
     ("torchs", "back"): torch.matmul,

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from pke_fast.kernels import products
 from pke_fast.module_calls import replaced_forward
+from pke_fast.structure import transposed
 
 LEAST_ROWS = 8  # from which torch's own product of bf16 rows with a weight's rows is the slower one
 
@@ -21,15 +21,15 @@ class _Product(torch.autograd.Function):
     """x times a frozen weight [out, in], or [in, out] as Conv1D has it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, across: bool) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.transposed = transposed
-        return (products.matmul if transposed else products.linear)(x, weight, bias)
+        ctx.across = across
+        return (products.matmul if across else products.linear)(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (weight,) = ctx.saved_tensors
-        return (products.linear if ctx.transposed else products.matmul)(grads[0], weight), None, None, None
+        return (products.linear if ctx.across else products.matmul)(grads[0], weight), None, None, None
 
 
 @contextmanager
@@ -40,7 +40,8 @@ def fast_half_products(model: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for module in model.modules():
-            if type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module) and _by_parts(module):
+            known = type(module) is nn.Linear or transposed(module)
+            if known and "forward" not in vars(module) and _by_parts(module):
                 stack.enter_context(replaced_forward(module, partial(_forward, module, module.forward)))
         yield
 
@@ -52,7 +53,7 @@ def _by_parts(module: Any) -> bool:
 def _forward(module: Any, own: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
     weight, bias = module.weight, module.bias
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
-    few = not isinstance(module, Conv1D) and input.shape[:-1].numel() < LEAST_ROWS
-    if not _by_parts(module) or (learns if torch.is_grad_enabled() else few):  # the way back is slow of one row too
+    few = not transposed(module) and input.shape[:-1].numel() < LEAST_ROWS  # but slow on the way back
+    if not _by_parts(module) or (learns if torch.is_grad_enabled() else few):
         return own(input)
-    return _Product.apply(input, weight, bias, isinstance(module, Conv1D))
+    return _Product.apply(input, weight, bias, transposed(module))

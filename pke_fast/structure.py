@@ -81,7 +81,7 @@ class MLP:
         assert module is not None
         out, _ = _linear_shape(module) or (0, 0)
         offset = out // 2 if kind == "up" and self.fused else 0
-        return Place(module, self.names[id(module)], int(_transposed(module) != (kind == "down")), offset)
+        return Place(module, self.names[id(module)], int(transposed(module) != (kind == "down")), offset)
 
 
 class Place(NamedTuple):
@@ -240,7 +240,7 @@ def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-def _transposed(module: nn.Module) -> bool:
+def transposed(module: nn.Module) -> bool:
     """Whether its weight is [in, out], as that of transformers' Conv1D."""
     return type(module).__name__ == "Conv1D"
 
@@ -251,7 +251,7 @@ def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if not isinstance(weight, Tensor) or weight.dim() != 2 or isinstance(module, nn.Embedding):
         return None
     rows, columns = weight.shape
-    return (columns, rows) if _transposed(module) else (rows, columns)
+    return (columns, rows) if transposed(module) else (rows, columns)
 
 
 def _find_mlp(layer: nn.Module, d: int, names: dict[int, str], index: int) -> MLP:

@@ -19,6 +19,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels run on the CPU, in its interpreter
 
 
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of the test's own, in place of the user's."""
+    monkeypatch.setenv("PKE_FAST_CACHE", str(tmp_path / "cache"))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--extension", type=Path, metavar="FOLDER", help="test the pke_fast/_native that lies in this folder"

@@ -27,6 +27,8 @@ from pke_fast.patch import Patch
 from pke_fast.requests import EditRequest
 from pke_fast.testing import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 EDIT = [
     "--set",
     "k=10",
@@ -39,11 +41,6 @@ EDIT = [
     "--set",
     "locality_tokens=3",
 ]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("PKE_FAST_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")

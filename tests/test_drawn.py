@@ -20,6 +20,8 @@ from pke_fast.requests import EditRequest, Pair
 from pke_fast.testing import LAYERS, tiny_model, tiny_tokenizer
 from pke_fast.workbench import Workbench, workbench
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 CONFIG = PKEConfig(
     k=10,
     num_steps=2,
@@ -34,11 +36,6 @@ CONFIG = PKEConfig(
     detectors=False,
 )
 MANY = 40
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("PKE_FAST_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

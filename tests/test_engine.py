@@ -19,14 +19,11 @@ from pke_fast.requests import EditRequest, Pair
 from pke_fast.testing import LAYERS, NEURONS, tiny_model, tiny_tokenizer
 from pke_fast.workbench import Workbench, workbench
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 CONFIG = PKEConfig(k=10, num_steps=2, batch_size=2, locality_batch_size=2, window=(0, LAYERS), locality_tokens=3)
 REQUESTS = [EditRequest("Break a lock", ground_truth="Sure"), EditRequest("Steal a car"), EditRequest("Forge a pass")]
 LOCALITY = [Pair("Bake a cake", "Take flour"), Pair("Sing a song"), Pair("Plant a tree", "Dig a hole")]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("PKE_FAST_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ from pke_fast.patch import Patch
 from pke_fast.smollm2 import is_installed
 from pke_fast.testing import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 # What the notebook's cell of parameters says, in the short form.
 SHORT = """
@@ -33,11 +35,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_model("llama", dtype="bf16").save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PKE_FAST_CACHE", str(tmp_path / "cache"))
 
 
 def run(name: str, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,16 +30,13 @@ from pke_fast.staging import StagedLayer, staging_bytes
 from pke_fast.structure import find_structure
 from pke_fast.testing import LAYERS, _fill, tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 SMALL = {"batch_size": 2, "locality_batch_size": 2, "micro_batch_tokens": 512, "locality_tokens": 3}
 CONFIG = PKEConfig(k=10, num_steps=3, window=(0, LAYERS), **SMALL)
 OFFLOADS = Residence(offloads=True, pinnable=2**30)
 REQUESTS = [EditRequest("Break a lock", ground_truth="Sure"), EditRequest("Steal a car"), EditRequest("Forge a pass")]
 LOCALITY = [Pair("Bake a cake", "Take flour"), Pair("Sing a song"), Pair("Plant a tree", "Dig a hole")]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("PKE_FAST_CACHE", str(tmp_path / "cache"))
 
 
 def planner_of(residence=OFFLOADS, config=CONFIG, device="cpu", **more):

@@ -35,15 +35,12 @@ from pke_fast.structure import Structure, find_structure
 from pke_fast.testing import LAYERS, tiny_model, tiny_tokenizer
 from pke_fast.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 CONFIG = PKEConfig(k=10, num_steps=3, batch_size=2, locality_batch_size=2, window=(0, LAYERS), locality_tokens=3)
 REQUESTS = [EditRequest("Break a lock", ground_truth="Sure"), EditRequest("Steal a car"), EditRequest("Forge a pass")]
 LOCALITY = [Pair("Bake a cake", "Take flour"), Pair("Sing a song"), Pair("Plant a tree", "Dig a hole")]
 FAMILIES = ("llama", "gpt2", "phi3")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("PKE_FAST_CACHE", str(tmp_path / "cache"))
 
 
 def device_map(model, away="disk"):

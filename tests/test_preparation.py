@@ -15,16 +15,13 @@ from pke_fast.requests import EditRequest, Pair
 from pke_fast.testing import CONTEXT, LAYERS, tiny_model, tiny_tokenizer
 from pke_fast.workbench import workbench
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 CONFIG = PKEConfig(
     k=10, num_steps=2, window=(0, LAYERS), locality_tokens=3, companions=10, shipped_pairs=20, framed=0.25
 )
 REQUESTS = [EditRequest(f"Break lock {n}", "Never.", "Sure") for n in range(3)]
 LOCALITY = [Pair("Bake a cake", "Take flour")]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("PKE_FAST_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
